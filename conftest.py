@@ -1,0 +1,37 @@
+"""What every test, and every notebook kernel that pytest starts, has in common."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Kernels started by nbval inherit these: this checkout comes first, figures are outputs, and `-n 2` fills two cores.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+os.environ.setdefault("MINILLM_DEVICE", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("PYTHONHASHSEED", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and FlashInfer; skipped elsewhere")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds; `-m 'not slow'` leaves it out")
+    try:
+        from hypothesis import settings
+    except ImportError:  # a student's machine runs the rest without it
+        return
+    settings.register_profile("ci", derandomize=True, deadline=None)
+    settings.register_profile("dev", deadline=None)
+    settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

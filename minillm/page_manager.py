@@ -1,12 +1,13 @@
-"""Pages of the KV cache: `PageManager` decides on the host who owns which page, `KVPool` holds the tensors on the device.
+"""Pages of the KV cache: on the host, `PageManager` decides who owns which page; on the device, `KVPool` holds the tensors.
 
-The K/V cache is cut into pages of `page_size` tokens, as an operating system cuts memory. A request's page table lists its pages
-in order of position: the token at position `p` lives in slot `p % page_size` of page `page_table[p // page_size]`. Any free
-page serves any request, so no memory is lost between requests, and requests that begin alike can share pages.
-Paged attention: Kwon et al., 2023, https://arxiv.org/abs/2309.06180.
+The K/V cache is cut into pages of `page_size` tokens, as an operating system cuts memory. A request's page table lists
+its pages in order of position: the token at position `p` lives in slot `p % page_size` of page `page_table[p //
+page_size]`. Any free page serves any request, so no memory is lost between requests, and requests that begin alike can
+share pages. Paged attention: Kwon et al., 2023, https://arxiv.org/abs/2309.06180.
 
-The life of a request: `allocate` (share a cached prefix), then in each step `extend` (make room), `batch_arrays` (describe the
-batch to the kernels) and `commit` (offer full pages to the prefix cache), and in the end, or to preempt it, `free`.
+The life of a request: `allocate` (share a cached prefix), then in each step `extend` (make room), `batch_arrays`
+(describe the batch to the kernels) and `commit` (offer full pages to the prefix cache), and in the end, or to preempt
+it, `free`.
 """
 
 from __future__ import annotations
@@ -14,67 +15,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from minillm.context import BatchArrays, Chunk, InferenceContext
 from minillm.errors import ConfigError, ContractError, OutOfPagesError
+from minillm.page_protocol import PageManagerProtocol as PageManagerProtocol
 from minillm.page_view import PageSnapshot, html_map, text_map
 
 NO_PAGE = -1  # fills the unused entries of the page tables
 MAX_PAGE_SIZE = 1024
 MAX_SLOTS = 2**31 - 1  # positions and page ids are int32
-
-
-class PageManagerProtocol(Protocol):
-    """What the engine asks of a page manager: implement these and pass the class as `LLM(..., page_manager=...)`.
-
-    It is made as `PageManager(num_pages, page_size, prefix_caching)`. A manager without a prefix cache returns 0 from
-    `allocate` and `evict`, and does nothing in `commit`. `lab.contracts.check_page_manager` checks a class against the rules.
-    """
-
-    num_pages: int
-    page_size: int
-
-    @property
-    def num_used(self) -> int:
-        """Pages that some live page table names. The others are available: `num_used + num_available == num_pages`."""
-        ...
-
-    @property
-    def num_available(self) -> int:
-        """Pages that `extend` can still hand out, by evicting cached ones if it must."""
-        ...
-
-    def allocate(self, request_id: str, token_ids: Sequence[int]) -> int:
-        """Open a page table; return how many leading tokens are already in shared pages (fewer than all of them)."""
-        ...
-
-    def extend(self, request_id: str, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens in total, or raise `OutOfPagesError` and change nothing."""
-        ...
-
-    def commit(self, request_id: str, token_ids: Sequence[int], num_computed: int) -> None:
-        """Take note that the K/V of `token_ids[:num_computed]` have been written."""
-        ...
-
-    def free(self, request_id: str) -> None:
-        """Close the page table; pages that no other request shares become available. `KeyError` if it is not live."""
-        ...
-
-    def evict(self, num_pages: int | None = None) -> int:
-        """Forget up to `num_pages` (None: all) cached pages that nobody uses; return how many."""
-        ...
-
-    def page_table(self, request_id: str) -> Sequence[int] | np.ndarray:
-        """The page ids of a live request, in order of position."""
-        ...
-
-    def batch_arrays(self, chunks: Sequence[Chunk]) -> BatchArrays:
-        """The CSR arrays of a batch in which the tokens `[start, end)` of each chunk's request are computed."""
-        ...
 
 
 class _PageTable:
@@ -99,10 +52,10 @@ class _LivePageTables(dict[str, _PageTable]):
 class PageManager:
     """Allocates, shares, frees and evicts the pages of one KV pool; builds the CSR arrays of a batch. Host-only.
 
-    A page is in exactly one of three states: free; used (named by `reference_count(page_id)` page tables); or cached (a full
-    block of tokens that nobody uses now, kept in case a prompt begins with it, evicted least recently used first).
-    Blocks are found by the digest of their tokens chained to the digest of the block before, so that one digest stands for
-    the whole prefix (https://docs.vllm.ai/en/latest/design/prefix_caching/).
+    A page is in exactly one of three states: free; used (named by `reference_count(page_id)` page tables); or cached (a
+    full block of tokens that nobody uses now, kept in case a prompt begins with it, evicted least recently used first).
+    Blocks are found by the digest of their tokens chained to the digest of the block before, so that one digest stands
+    for the whole prefix (https://docs.vllm.ai/en/latest/design/prefix_caching/).
 
     Raises:
         ConfigError: `num_pages` or `page_size` is not an integer within bounds.
@@ -119,6 +72,7 @@ class PageManager:
         self._block_of_page: dict[int, bytes] = {}  # and back
         self._live: dict[str, _PageTable] = _LivePageTables()
         self._page_tables = np.full((8, min(16, self.num_pages)), NO_PAGE, dtype=np.int32)  # grows by doubling
+        self._capacities = np.zeros(8, dtype=np.int64)  # of each row, in tokens
         self._free_rows = list(range(7, -1, -1))
 
     @property
@@ -147,15 +101,15 @@ class PageManager:
         return self._reference_counts[page_id]
 
     def page_table(self, request_id: str) -> np.ndarray:
-        """A copy of the page ids of one live request, `[num_pages of it]` int32; they have room for len * page_size tokens."""
+        """A copy of the page ids of one live request, int32; they have room for `len * page_size` tokens."""
         table = self._live[request_id]
         return self._page_tables[table.row, : table.num_pages].copy()
 
     def allocate(self, request_id: str, token_ids: Sequence[int]) -> int:
         """Open a page table for `request_id` and share the longest cached prefix of `token_ids`; takes no new page.
 
-        Returns the number of tokens found, a multiple of `page_size` and at most `len(token_ids) - 1`: the last token must
-        be computed to have logits. Raises `ValueError` if the request is live already or there are no tokens.
+        Returns the number of tokens found, a multiple of `page_size` and at most `len(token_ids) - 1`: the last token
+        must be computed to have logits. Raises `ValueError` if the request is live already or there are no tokens.
         """
         if request_id in self._live:
             raise ValueError(f"request {request_id!r} has a page table already")
@@ -205,8 +159,8 @@ class PageManager:
             return
         if num_computed > min(table.capacity, len(token_ids)):
             raise ValueError(
-                f"request {request_id!r} cannot have computed {num_computed} tokens: it has {len(token_ids)}, and room for "
-                f"{table.capacity}"
+                f"request {request_id!r} cannot have computed {num_computed} tokens: "
+                f"it has {len(token_ids)}, and room for {table.capacity}"
             )
         for index in range(table.num_committed, num_computed // self.page_size):
             table.digest = self._block_digest(table.digest, token_ids, index)
@@ -220,8 +174,8 @@ class PageManager:
     def free(self, request_id: str) -> None:
         """Close the page table. Pages that nobody else uses become free, or cached if the prefix cache knows them.
 
-        Pages are given up from the last to the first: the end of a prefix is evicted before its beginning, without which it
-        could not be found.
+        Pages are given up from the last to the first: the end of a prefix is evicted before its beginning, without
+        which it could not be found.
         """
         table = self._live[request_id]
         pages = self._page_tables[table.row, : table.num_pages]
@@ -233,6 +187,7 @@ class PageManager:
                 else:
                     self._free_pages.append(page)
         pages.fill(NO_PAGE)
+        self._capacities[table.row] = 0
         self._free_rows.append(table.row)
         del self._live[request_id]
 
@@ -246,30 +201,30 @@ class PageManager:
         return num_evicted
 
     def batch_arrays(self, chunks: Sequence[Chunk]) -> BatchArrays:
-        """The CSR arrays of a batch in which the tokens `[start, end)` of each chunk's request are computed, in this order.
+        """The CSR arrays of a batch in which the tokens `[start, end)` of each chunk's request are computed.
 
-        Each request's pages are those of its first `end` tokens. Raises `ValueError` for an empty chunk, or one beyond the
-        room that `extend` made.
+        Each request's pages are those of its first `end` tokens. Raises `ValueError` for an empty chunk, or one beyond
+        the room that `extend` made.
         """
         request_ids, start_list, end_list = zip(*chunks, strict=True) if chunks else ((), (), ())
-        starts, ends = np.array(start_list, dtype=np.int64), np.array(end_list, dtype=np.int64)
-        tables = [self._live[request_id] for request_id in request_ids]
-        rows = np.array([table.row for table in tables], dtype=np.int64)
-        capacities = np.array([table.capacity for table in tables], dtype=np.int64)
+        starts = np.fromiter(start_list, np.int64, len(chunks))
+        ends = np.fromiter(end_list, np.int64, len(chunks))
+        rows = np.fromiter([self._live[request_id].row for request_id in request_ids], np.int64, len(chunks))
+        capacities = self._capacities[rows]
         wrong = (starts < 0) | (starts >= ends) | (ends > capacities)
         if wrong.any():
             index = int(wrong.argmax())
             raise ValueError(f"{chunks[index]} is empty or beyond the room of its request, {capacities[index]} tokens")
-        num_pages = -(-ends // self.page_size)
-        qo_indptr, kv_indptr = _indptr(ends - starts), _indptr(num_pages)
+        num_tokens, num_pages = ends - starts, -(-ends // self.page_size)
+        qo_indptr, kv_indptr = _indptr(num_tokens), _indptr(num_pages)
         entries = _ragged_arange(rows * self._page_tables.shape[1], num_pages, kv_indptr)
         return BatchArrays(
             qo_indptr=qo_indptr,
             kv_indptr=kv_indptr,
             kv_indices=self._page_tables.reshape(-1)[entries],
             kv_last_page_len=(ends - (num_pages - 1) * self.page_size).astype(np.int32),
-            positions=_ragged_arange(starts, ends - starts, qo_indptr).astype(np.int32),
-            batch_indices=np.repeat(np.arange(len(chunks), dtype=np.int32), ends - starts),
+            positions=_ragged_arange(starts, num_tokens, qo_indptr).astype(np.int32),
+            batch_indices=np.repeat(np.arange(len(chunks), dtype=np.int32), num_tokens),
             page_size=self.page_size,
         )
 
@@ -286,7 +241,7 @@ class PageManager:
         return PageSnapshot(self.page_size, states, tuple(map(tuple, owners)), tables)
 
     def check_invariants(self) -> None:
-        """Raise `ContractError` unless every page is free, cached or used, exactly one of them, and all counts add up."""
+        """Raise `ContractError` unless each page is free, cached or used, exactly one of them, and all counts add up."""
 
         def require(holds: bool, rule: str, request_id: str | None = None) -> None:
             if not holds:
@@ -301,7 +256,8 @@ class PageManager:
                 inside and len(set(pages)) == len(pages), "a page table names pages of the pool, each once", request_id
             )
             require(set(row[table.num_pages :]) <= {NO_PAGE}, "a page table ends after its last page", request_id)
-            require(table.capacity == table.num_pages * self.page_size, "a request has room for its pages", request_id)
+            room = table.num_pages * self.page_size
+            require(table.capacity == room == self._capacities[table.row], "room is that of the pages", request_id)
             require(table.num_committed <= table.num_pages, "only pages that a request has are committed", request_id)
             for page in pages:
                 references[page] += 1
@@ -351,11 +307,13 @@ class PageManager:
             wider[:, :width] = self._page_tables
             self._page_tables = wider
         self._page_tables[table.row, table.num_pages : num_pages] = pages
-        table.num_pages, table.capacity = num_pages, num_pages * self.page_size
+        table.num_pages = num_pages
+        table.capacity = self._capacities[table.row] = num_pages * self.page_size
 
     def _add_rows(self) -> None:
         num_rows = len(self._page_tables)
         self._page_tables = np.concatenate([self._page_tables, np.full_like(self._page_tables, NO_PAGE)])
+        self._capacities = np.concatenate([self._capacities, np.zeros_like(self._capacities)])
         self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
 
 
@@ -372,16 +330,16 @@ def _indptr(lengths: np.ndarray) -> np.ndarray:
 
 
 def _ragged_arange(starts: np.ndarray, lengths: np.ndarray, indptr: np.ndarray) -> np.ndarray:
-    """`starts[i], starts[i] + 1, ..., starts[i] + lengths[i] - 1` for each i in turn; `indptr` is that of the lengths."""
+    """`starts[i], ..., starts[i] + lengths[i] - 1` for each i in turn; `indptr` is that of the lengths."""
     return np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths)
 
 
 class KVPool:
     """The K/V cache of all layers in one tensor, `[num_layers, num_pages + 1, 2, page_size, num_kv_heads, head_dim]`.
 
-    FlashInfer's NHD layout; index 0 of the third dimension is K, 1 is V. The last page is scratch: padding rows are written
-    there, and no page manager hands it out. It begins as zeros, since kernels may multiply what lies beyond a request's
-    last token by a probability of zero, and zero times a leftover NaN is NaN.
+    FlashInfer's NHD layout; index 0 of the third dimension is K, 1 is V. The last page is scratch: padding rows are
+    written there, and no page manager hands it out. It begins as zeros, since kernels may multiply what lies beyond a
+    request's last token by a probability of zero, and zero times a leftover NaN is NaN.
     """
 
     def __init__(

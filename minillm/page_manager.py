@@ -1,4 +1,4 @@
-"""Pages of the KV cache: on the host, `PageManager` decides who owns which page; on the device, `KVPool` holds the tensors.
+"""Pages of the KV cache: `PageManager` decides on the host who owns which page, `KVPool` holds the K/V tensors.
 
 The K/V cache is cut into pages of `page_size` tokens, as an operating system cuts memory. A request's page table lists
 its pages in order of position: the token at position `p` lives in slot `p % page_size` of page `page_table[p //
@@ -22,7 +22,6 @@ import torch
 
 from minillm.context import BatchArrays, Chunk, InferenceContext
 from minillm.errors import ConfigError, ContractError, OutOfPagesError
-from minillm.page_protocol import PageManagerProtocol as PageManagerProtocol
 from minillm.page_view import PageSnapshot, html_map, text_map
 
 NO_PAGE = -1  # fills the unused entries of the page tables
@@ -241,7 +240,7 @@ class PageManager:
         return PageSnapshot(self.page_size, states, tuple(map(tuple, owners)), tables)
 
     def check_invariants(self) -> None:
-        """Raise `ContractError` unless each page is free, cached or used, exactly one of them, and all counts add up."""
+        """Raise `ContractError` unless each page is free, cached or used, exactly one of them, and counts add up."""
 
         def require(holds: bool, rule: str, request_id: str | None = None) -> None:
             if not holds:

@@ -15,7 +15,7 @@ class PageManagerProtocol(Protocol):
     """What the engine asks of a page manager: implement these and pass the class as `LLM(..., page_manager=...)`.
 
     It is made as `PageManager(num_pages, page_size, prefix_caching)`. A manager without a prefix cache returns 0 from
-    `allocate` and `evict`, and does nothing in `commit`. `lab.contracts.check_page_manager` checks it against every rule.
+    `allocate` and `evict`, and does nothing in `commit`. `lab.contracts.check_page_manager` checks all of it.
     """
 
     num_pages: int

@@ -14,9 +14,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("PYTHONHASHSEED", "0")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and FlashInfer; skipped elsewhere")
-    config.addinivalue_line("markers", "slow: takes more than ten seconds; `-m 'not slow'` leaves it out")
+def pytest_configure() -> None:
     try:
         from hypothesis import settings
     except ImportError:  # a student's machine runs the rest without it

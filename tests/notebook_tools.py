@@ -354,7 +354,7 @@ def exercise_problems(notebook: NotebookNode, chapter: str) -> list[str]:
 
 
 def solution_sources(notebook: NotebookNode) -> list[tuple[str, str]]:
-    """(checker's name, source) of each folded solution: the set-up, the cells tagged `define` before it, then itself."""
+    """(checker's name, source) of each folded solution: set-up, the cells tagged `define` before it, then itself."""
     sources, prelude = [], []
     for cell in code_cells(notebook):
         if {"setup", "define"} & set(tags(cell)):

@@ -1,8 +1,8 @@
 """Re-executes the book's notebooks in place: `python -m minillm.lab.notebooks [--jobs 2] [--check] [01 02 ...]`.
 
 What is stored is what a CPU gives: kernels get `MINILLM_DEVICE=cpu`. Everything that changes from run to run without
-meaning anything (execution times, how a stream was cut into pieces, where the checkout lies) is normalised away, so that a
-second execution leaves no difference in the cells whose outputs are compared.
+meaning anything (execution times, how a stream was cut into pieces, where the checkout lies) is normalised away, so
+that a second execution leaves no difference in the cells whose outputs are compared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ModelConfig and EngineConfig: what the model is, and how the engine runs it. Checked once, frozen afterwards.
 
-A checkpoint that needs something which is not built here (a sliding window, experts, quantised weights, another RoPE) would
-often still run, and write nonsense. So what is not supported is refused by name, never ignored.
+A checkpoint that needs something which is not built here (a sliding window, experts, quantised weights, another RoPE)
+would often still run, and write nonsense. So what is not supported is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -20,28 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CheckpointError, ConfigError
+from minillm.errors import CheckpointError, ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# What transformers assumes where a family's config.json is silent. Absent here: num_attention_heads, or no default at all.
+# What transformers assumes where a family's config.json is silent.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "eos_token_id": 2},
     "mistral": {"max_position_embeddings": 131072, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
-# The parameters of each RoPE type, by their names in config.json (which are RopeConfig's), but for theta.
-_ROPE_PARAMETERS = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate".split()
-    ),
-}
-# Bounds that no model of these families comes near: beyond them a number is a mistake, and would only fail later, in a
-# message about memory.
+# What each RoPE type takes from config.json besides theta; RopeConfig has the same names.
+_LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+_YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+_ROPE_PARAMETERS = {"default": (), "linear": _LLAMA3[:1], "llama3": _LLAMA3, "yarn": _LLAMA3[:2] + _YARN}
+# Bounds that no model of these families comes near: a number beyond them is a mistake, and would only fail later.
 _MODEL_LIMITS = {
     "vocab_size": (1, 2**22),
     "hidden_size": (1, 2**17),
@@ -64,7 +58,7 @@ _ENGINE_LIMITS = {
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ConfigError(f"{name} must be an integer, got {reprlib.repr(value)}")
     if not low <= int(value) <= high:
         raise ConfigError(f"{name} must be from {low} to {high}, got {reprlib.repr(int(value))}")
@@ -72,10 +66,9 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _number(name: str, value: Any, above: float, most: float) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise ConfigError(f"{name} must be a number, got {reprlib.repr(value)}")
-    if not above < value <= most:  # also refuses NaN
-        raise ConfigError(f"{name} must be above {above:g} and at most {most:g}, got {reprlib.repr(value)}")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not above < value <= most:  # NaN is neither
+        raise ConfigError(f"{name} must be a number above {above:g}, at most {most:g}, got {reprlib.repr(value)}")
     return float(value)
 
 
@@ -86,9 +79,9 @@ def _one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {reprlib.repr(value)}")
-    return bool(value)
+    return value
 
 
 def _dtype_name(value: Any) -> Any:
@@ -98,19 +91,18 @@ def _dtype_name(value: Any) -> Any:
 
 
 def read_json(path: Path, max_bytes: int = 64 * 2**20) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint; `CheckpointError` if it is missing, too large, or not a JSON object."""
+    """The object in a JSON file of a checkpoint; `CheckpointError` if it is missing, huge, or not a JSON object."""
     try:
-        if path.stat().st_size > max_bytes:
-            raise CheckpointError(f"{path} is larger than {max_bytes} bytes: not what it should be")
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        too_large = path.stat().st_size > max_bytes
+        content = None if too_large else json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not valid JSON in UTF-8: {error}") from error
+        raise CheckpointError(f"{path} is not JSON in UTF-8: {error}") from error
+    if too_large:
+        raise CheckpointError(f"{path} has more than {max_bytes} bytes: it cannot be what its name says")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -120,35 +112,35 @@ def read_json(path: Path, max_bytes: int = 64 * 2**20) -> dict[str, Any]:
 class RopeConfig:
     """Rotary position embedding: which frequencies, and how they are stretched for contexts longer than trained.
 
-    `default` (https://arxiv.org/abs/2104.09864), `linear` (position interpolation, https://arxiv.org/abs/2306.15595), `yarn`
-    (https://arxiv.org/abs/2309.00071), and `llama3` (Llama 3.1's: stretch long wavelengths only). Fields are named as in
-    config.json; those that a type does not use keep their defaults.
+    Types: `default` (https://arxiv.org/abs/2104.09864), `linear` (https://arxiv.org/abs/2306.15595), `yarn`
+    (https://arxiv.org/abs/2309.00071), and `llama3` (Llama 3.1's, which stretches long wavelengths only). Fields are
+    named as in config.json; those that a type does not use keep their defaults.
     """
 
     rope_type: str = "default"
     theta: float = 10000.0
     factor: float = 1.0
     original_max_position_embeddings: int | None = None  # llama3, yarn: the context length before stretching
-    low_freq_factor: float | None = None  # llama3
-    high_freq_factor: float | None = None  # llama3
-    beta_fast: float = 32.0  # yarn: dimensions that rotate more often than this in the old context stay as they are,
-    beta_slow: float = 1.0  # yarn: and those that rotate less often than this are interpolated
+    low_freq_factor: float | None = None  # llama3: what rotates less often than this in that context is stretched,
+    high_freq_factor: float | None = None  # llama3: and what rotates more often than this stays
+    beta_fast: float = 32.0  # yarn: what rotates more often than this stays,
+    beta_slow: float = 1.0  # yarn: and what rotates less often than this is stretched
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
-    attention_factor: float | None = None  # yarn: scales cos and sin; None: follows from the factor
+    attention_factor: float | None = None  # yarn: scales cos and sin; None: follows from factor and the mscales
     truncate: bool = True  # yarn: round the bounds of the ramp to whole dimensions
 
     def __post_init__(self) -> None:
         _one_of("rope_type", self.rope_type, _ROPE_PARAMETERS)
-        for name in ("theta", "factor", "beta_fast", "beta_slow"):
-            _number(name, getattr(self, name), 1.0 if name == "theta" else 0.0, 1e15)
-        needed = {"llama3": ("low_freq_factor", "high_freq_factor")}.get(self.rope_type, ())
-        for name in ("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "attention_factor"):
-            if getattr(self, name) is not None or name in needed:
+        _number("theta", self.theta, 1.0, 1e15)
+        required = {"factor", "beta_fast", "beta_slow"}
+        required |= {"low_freq_factor", "high_freq_factor"} if self.rope_type == "llama3" else set()
+        for name in (*sorted(required), "mscale", "mscale_all_dim", "attention_factor"):
+            if name in required or getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0.0, 1e15)
-        if self.original_max_position_embeddings is not None or self.rope_type in ("llama3", "yarn"):
+        if self.rope_type in ("llama3", "yarn"):
             _integer("original_max_position_embeddings", self.original_max_position_embeddings, 1, 2**24)
-        if needed and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
             raise ConfigError("high_freq_factor must be above low_freq_factor")
         if self.beta_fast < self.beta_slow:
             raise ConfigError("beta_fast must not be below beta_slow")
@@ -156,49 +148,39 @@ class RopeConfig:
 
     def inv_freq(self, head_dim: int) -> tuple[np.ndarray, float]:
         """The angle per position of each pair of dimensions, `[head_dim / 2]` float32; and the scale of cos and sin."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        inv_freq = np.float32(1.0) / np.float32(self.theta) ** exponents
+        inv_freq = np.float32(1) / np.float32(self.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+        if self.rope_type == "default":
+            return inv_freq, 1.0
         if self.rope_type == "linear":
-            return (inv_freq / np.float32(self.factor)), 1.0
-        if self.rope_type == "llama3":
-            return self._llama3(inv_freq), 1.0
-        if self.rope_type == "yarn":
-            return self._yarn(inv_freq, head_dim), self._yarn_attention_factor()
-        return inv_freq, 1.0
+            return inv_freq / np.float32(self.factor), 1.0
+        keep, scale = self._llama3(inv_freq) if self.rope_type == "llama3" else self._yarn(head_dim)
+        return (inv_freq / self.factor * (1 - keep) + inv_freq * keep).astype(np.float32), scale
 
-    def _llama3(self, inv_freq: np.ndarray) -> np.ndarray:
-        assert (
-            self.original_max_position_embeddings and self.low_freq_factor and self.high_freq_factor
-        )  # see __post_init__
-        rotations = self.original_max_position_embeddings * inv_freq / (2 * math.pi)  # in the context it was trained on
-        keep = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        keep = np.clip(keep, 0.0, 1.0)
-        return ((1 - keep) * inv_freq / self.factor + keep * inv_freq).astype(np.float32)
+    def _llama3(self, inv_freq: np.ndarray) -> tuple[np.ndarray, float]:
+        """How much of each frequency is kept (0: stretched by `factor`), and the scale of cos and sin."""
+        low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
+        num_rotations = (self.original_max_position_embeddings or 0) * inv_freq / (2 * math.pi)
+        return np.clip((num_rotations - low) / (high - low), 0.0, 1.0), 1.0
 
-    def _yarn(self, inv_freq: np.ndarray, head_dim: int) -> np.ndarray:
-        assert self.original_max_position_embeddings  # see __post_init__
+    def _yarn(self, head_dim: int) -> tuple[np.ndarray, float]:
+        """As `_llama3`, but with a ramp over dimensions, not over rotations."""
 
-        def dimension(num_rotations: float) -> float:  # the dimension that rotates so often in the old context
-            wavelength = self.original_max_position_embeddings / (num_rotations * 2 * math.pi)
+        def dimension(num_rotations: float) -> float:  # the one that rotates so often in the old context
+            wavelength = (self.original_max_position_embeddings or 0) / (num_rotations * 2 * math.pi)
             return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        def mscale(weight: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
+        first, last = dimension(self.beta_fast), dimension(self.beta_slow)
         if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        width = high - low or 0.001
-        keep = 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
-        return (inv_freq / self.factor * (1 - keep) + inv_freq * keep).astype(np.float32)
-
-    def _yarn_attention_factor(self) -> float:
-        def scale(mscale: float) -> float:
-            return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-        if self.attention_factor is not None:
-            return float(self.attention_factor)
-        if self.mscale and self.mscale_all_dim:
-            return scale(self.mscale) / scale(self.mscale_all_dim)
-        return scale(1.0)
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        ramp = (np.arange(head_dim // 2, dtype=np.float32) - first) / (last - first or 0.001)
+        scale = self.attention_factor
+        if scale is None and self.mscale and self.mscale_all_dim:
+            scale = mscale(self.mscale) / mscale(self.mscale_all_dim)
+        return 1 - np.clip(ramp, 0.0, 1.0), mscale(1.0) if scale is None else scale
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RopeConfig:
@@ -207,28 +189,25 @@ class RopeConfig:
         if not isinstance(given, Mapping):
             raise ConfigError(f"rope_parameters must be an object, got {reprlib.repr(given)}")
         parameters = {name: value for name, value in given.items() if value is not None}
-        old_type, theta = parameters.pop("type", "default"), parameters.pop("rope_theta", config.get("rope_theta"))
-        rope_type = _one_of("rope_type", parameters.pop("rope_type", old_type), _ROPE_PARAMETERS)
+        old_name, theta = parameters.pop("type", "default"), parameters.pop("rope_theta", config.get("rope_theta"))
+        rope_type = _one_of("rope_type", parameters.pop("rope_type", old_name), _ROPE_PARAMETERS)
         partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial is not None and partial != 1:
             raise ConfigError(f"partial_rotary_factor={reprlib.repr(partial)} is not supported: it must be 1")
-        if surplus := parameters.keys() - _ROPE_PARAMETERS[rope_type]:
+        if surplus := parameters.keys() - set(_ROPE_PARAMETERS[rope_type]):
             raise ConfigError(f"rope_parameters has {sorted(surplus)}, which rope_type {rope_type!r} does not use")
         if rope_type in ("llama3", "yarn"):
-            longest = config.get("max_position_embeddings")
-            original = config.get("original_max_position_embeddings") or parameters.get(
-                "original_max_position_embeddings"
-            )
-            original = parameters["original_max_position_embeddings"] = original or longest
+            name, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
+            parameters[name] = original = config.get(name) or parameters.get(name) or longest
             if rope_type == "yarn" and "factor" not in parameters:
-                _integer("original_max_position_embeddings", original, 1, 2**24)
-                parameters["factor"] = _integer("max_position_embeddings", longest, 1, 2**24) / original
-            for name in ("beta_fast", "beta_slow"):
-                if parameters.get(name) == 0:
-                    del parameters[name]  # as transformers does: 0 means the default
+                longest = _integer("max_position_embeddings", longest, *_MODEL_LIMITS["max_position_embeddings"])
+                parameters["factor"] = longest / _integer(name, original, 1, 2**24)
+        for name in ("beta_fast", "beta_slow"):
+            if parameters.get(name) == 0:
+                del parameters[name]  # as transformers has it, 0 means the default
         if rope_type != "default" and "factor" not in parameters:
             raise ConfigError(f"rope_parameters lacks 'factor', which rope_type {rope_type!r} needs")
-        return cls(rope_type, 10000.0 if theta is None else theta, **parameters)
+        return cls(rope_type, cls.theta if theta is None else theta, **parameters)
 
 
 @dataclass(frozen=True)
@@ -303,7 +282,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], generation_eos: Any = None) -> ModelConfig:
-        """From a config.json's content (and generation_config.json's `eos_token_id`); `ConfigError` names what is wrong."""
+        """From the content of a config.json (and `eos_token_id` of a generation_config.json); may raise `ConfigError`."""
         family = _one_of("model_type", config.get("model_type"), FAMILIES)
         config = _FAMILY_DEFAULTS[family] | dict(config)
         _refuse_unsupported(family, config)
@@ -363,41 +342,51 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any]) -> None:
         if config.get(name) and family in families:
             refuse(name, f" for {family}")
     layer_types = config.get("layer_types")
-    if layer_types and set(map(str, layer_types)) != {"full_attention"}:
-        refuse("layer_types", " (only 'full_attention' is)")
-    window, longest = config.get("sliding_window"), config["max_position_embeddings"]
-    in_use = not family.startswith("qwen") or (config.get("use_sliding_window") and not layer_types)
-    if family.startswith("qwen") and in_use:  # the first layers may be exempt, and all of them may be first
-        first, num_layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
-        in_use = not (isinstance(first, int) and isinstance(num_layers, int) and first >= num_layers)
-    if (
-        window is not None
-        and in_use
-        and not (isinstance(longest, int) and _integer("sliding_window", window, 1, 2**62) >= longest)
-    ):
-        refuse("sliding_window", f": every token must see all {reprlib.repr(longest)} positions")
+    if layer_types and not (isinstance(layer_types, list) and all(t == "full_attention" for t in layer_types)):
+        refuse("layer_types", " (each must be 'full_attention')")
+    if config.get("sliding_window") is None:
+        return
+    longest = _integer("max_position_embeddings", config["max_position_embeddings"], 1, 2**62)
+    in_use = _integer("sliding_window", config["sliding_window"], 1, 2**62) < longest
+    if family.startswith("qwen"):  # only if asked for, and not for the first `max_window_layers`
+        num_full, num_layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
+        all_full = isinstance(num_full, int) and isinstance(num_layers, int) and num_full >= num_layers
+        in_use = in_use and bool(config.get("use_sliding_window")) and not layer_types and not all_full
+    if in_use:
+        refuse("sliding_window", f": every token must see all {longest} positions")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's options that are plain values. Wrong values raise `ConfigError`; the comments are the documentation."""
+    """The engine's options that are plain values. A wrong one raises `ConfigError`.
 
-    device: str = (
-        "auto"  # "cpu", "cuda", "cuda:N"; "auto": MINILLM_DEVICE if set, else CUDA where it is usable, else CPU
-    )
-    dtype: str = (
-        "auto"  # "float32", "bfloat16", "float16" or a torch.dtype; "auto": float32 on CPU, the checkpoint's on CUDA
-    )
-    kernels: str = "auto"  # "flashinfer", "reference" (its twin in plain PyTorch); "auto": flashinfer where it can run
-    page_size: int = 16  # tokens in a page of the KV cache, 1 to 64
-    num_pages: int | None = None  # pages in the KV cache; None: what fits into memory
-    memory_fraction: float = 0.9  # of the device's total memory, for weights, activations and KV cache together
-    max_running: int = 64  # requests that may be in a step
-    max_batch_tokens: int = 2048  # tokens that may be in a step, at least max_running: each running request decodes one
-    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's max_position_embeddings
-    prefix_caching: bool = True  # keep the pages of finished requests, and share them with prompts that begin alike
-    tensor_parallel_size: int = 1  # GPUs (or CPU processes) that share each layer's weights
-    seed: int = 0  # of sampling where a request has no seed of its own, and of random weights
+    Attributes:
+        device: "cpu", "cuda", "cuda:N", or "auto": MINILLM_DEVICE if it is set, else CUDA where it is usable, else CPU.
+        dtype: "float32", "bfloat16", "float16" (or a torch.dtype), or "auto": float32 on CPU, on CUDA the checkpoint's.
+        kernels: "flashinfer", "reference" (its twin in plain PyTorch), or "auto": flashinfer where it can run.
+        page_size: tokens in a page of the KV cache, 1 to 64.
+        num_pages: pages of the KV cache. None: as many as fit.
+        memory_fraction: of the device's total memory, for weights, activations and KV cache together.
+        max_running: requests that may share a step.
+        max_batch_tokens: tokens that may share a step; at least max_running, as each running request decodes one.
+        max_model_len: tokens of a prompt and its output together. None: the model's max_position_embeddings.
+        prefix_caching: keep the pages of ended requests, for prompts that begin alike.
+        tensor_parallel_size: GPUs (or, on CPU, processes) that share each layer's weights.
+        seed: of sampling, where a request has none of its own, and of random weights.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    kernels: str = "auto"
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_fraction: float = 0.9
+    max_running: int = 64
+    max_batch_tokens: int = 2048
+    max_model_len: int | None = None
+    prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch" and type(self.device).__name__ == "device":

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .config import EngineConfig, ModelConfig
-from .errors import CheckpointError, ConfigError
-from .weights import WeightSlot, load_weights, random_weights
+from minillm.config import EngineConfig, ModelConfig
+from minillm.errors import CheckpointError, ConfigError
+from minillm.weights import WeightSlot, load_weights, random_weights
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "story-6m"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, no pickles
@@ -25,9 +25,8 @@ CPU_POOL_BYTES = 512 * 2**20
 class ModelLoader:
     """What is known of one model before it exists: its config, and where its weights and tokenizer come from.
 
-    `model` is None (the bundled story model), a checkpoint folder, a name on the Hugging Face hub (`"Qwen/Qwen3-0.6B"`),
-    or a `ModelConfig`: a model without a checkpoint, which has random weights and no tokenizer. Raises
-    `CheckpointError`.
+    `model` is None (the bundled story model), a checkpoint folder, a name on the Hugging Face hub (`Qwen/Qwen3-0.6B`),
+    or a `ModelConfig`: a model without a checkpoint, with random weights and no tokenizer. Raises `CheckpointError`.
     """
 
     def __init__(self, model: str | PathLike[str] | ModelConfig | None = None):
@@ -150,8 +149,8 @@ def warm_up(
 ) -> MemoryReport:
     """Run the largest step once (kernels load, workspaces are made), and measure what it took.
 
-    `run_step(num_tokens)` runs a forward pass over that many tokens, and the sampler over `max_running` rows; it may use
-    a small pool of its own, which it drops.
+    `run_step(num_tokens)` runs a forward pass over that many tokens, and the sampler over `max_running` rows. Its pages
+    are of a small pool of its own, which it drops.
     """
     is_cuda = device.type == "cuda"
     run_step(1)  # what is loaded once and kept is not a step's
@@ -221,7 +220,7 @@ def pool_size(config: EngineConfig, model: ModelConfig, page_bytes: int, memory:
     needed = (num_pages + 1) * page_bytes
     if needed > memory.free_bytes:
         raise ConfigError(
-            f"num_pages {num_pages} (of {page_bytes} bytes, and one for padding) take {_gib(needed)}, but {memory.device} "
-            f"has {_gib(memory.free_bytes)} free; give a smaller num_pages or max_model_len"
+            f"num_pages {num_pages} of {page_bytes} bytes (and one for padding) take {_gib(needed)}, but "
+            f"{memory.device} has {_gib(memory.free_bytes)} free; give a smaller num_pages or max_model_len"
         )
     return num_pages, min(longest, num_pages * config.page_size)

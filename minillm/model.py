@@ -101,9 +101,7 @@ class CausalLM(nn.Module):
         device, group = torch.device(device), group or SoloGroup()
         for name in ("num_qo_heads", "num_kv_heads", "intermediate_size"):
             if getattr(config, name) % group.size:
-                raise ConfigError(
-                    f"tensor_parallel_size {group.size} does not divide {name} = {getattr(config, name)}"
-                )
+                raise ConfigError(f"tensor_parallel_size {group.size} does not divide {name} = {getattr(config, name)}")
         self.config = config
         num_positions = num_positions or config.max_position_embeddings
         cos_sin = cos_sin_cache(config.rope, config.head_dim, num_positions, device)

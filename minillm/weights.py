@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .config import read_json
-from .errors import CheckpointError
+from minillm.config import read_json
+from minillm.errors import CheckpointError
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +115,8 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         )
         if found and not any(name.endswith((".safetensors", ".gguf")) for name in found):
             raise CheckpointError(
-                f"{folder} has its weights as pickles only ({_some(found)}), and those are never read, since reading them "
-                "runs code: convert them to safetensors"
+                f"{folder} has its weights as pickles only ({_some(found)}), which are never read because they can "
+                "run code: convert them to safetensors"
             )
         raise CheckpointError(f"{folder} has no model.safetensors" + (f", only {_some(found)}" if found else ""))
     weight_map = read_json(index_path).get("weight_map")

@@ -1,7 +1,7 @@
 """Attention without pages or fused kernels: the baseline that is easy to beat, and the oracle that is hard to doubt.
 
-Everything here is plain PyTorch, as close to the formulas as code can be, and as slow as that makes it. Kernels, their twin
-on the CPU, and a reader's own attempt are all compared with `attention`.
+Everything here is plain PyTorch, as close to the formulas as code can be, and as slow as that makes it. Kernels, their
+twin on the CPU, and a reader's own attempt are all compared with `attention`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from minillm.context import BatchArrays
 def causal_mask(num_queries: int, num_keys: int) -> torch.Tensor:
     """Which keys each query may see, `[num_queries, num_keys]` bool, aligned bottom-right.
 
-    The queries are the *last* `num_queries` of `num_keys` tokens, as when a cache holds the earlier ones: query `i` sees
-    keys `0` to `i + num_keys - num_queries`.
+    The queries are the *last* `num_queries` of `num_keys` tokens, as when a cache holds the earlier ones: query `i`
+    sees keys `0` to `i + num_keys - num_queries`.
     """
     query = torch.arange(num_queries).unsqueeze(1) + num_keys - num_queries
     return torch.arange(num_keys).unsqueeze(0) <= query
@@ -39,7 +39,8 @@ def attention(
         sm_scale: default `1 / sqrt(head_dim)`.
 
     Returns:
-        `[num_queries, num_qo_heads, head_dim]`, of q's dtype; computed in float32 or wider. A query that sees no key gives 0.
+        `[num_queries, num_qo_heads, head_dim]`, of q's dtype; computed in float32 or wider. A query that sees no key
+        gives 0.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -164,7 +165,7 @@ class TinyModel:
         return self.w_k.shape[1] // self.head_dim
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
-        """The hidden states of tokens that stand at positions `start`, `start + 1`, ...; `[num_tokens, hidden_size]`."""
+        """The hidden states of tokens at positions `start`, `start + 1`, ...; `[num_tokens, hidden_size]`."""
         return self.embedding[torch.as_tensor(token_ids)] + self.positions[start : start + len(token_ids)]
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -173,7 +174,7 @@ class TinyModel:
         return q, k, v
 
     def logits(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The next token's logits for each row, `[num_tokens, vocab_size]`; the layer's output is added to its input."""
+        """The next token's logits, `[num_tokens, vocab_size]`; the layer's output is added to its input."""
         return (x + attended.flatten(1) @ self.w_o.T) @ self.embedding.T
 
 

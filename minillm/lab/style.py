@@ -1,9 +1,9 @@
 """The book's one visual language: colours, page styles, and figures that know their numbers and describe themselves.
 
-A figure of the book is a `BookFigure`. Shown by `plt.show()` in a notebook, its output holds the picture (PNG), and the alt
-text twice: as the picture's `alt` metadata, and as the plain text that stands in for it where pictures cannot be shown (nbval
-compares that text, so alt texts name exact counts but never a measured time). The caption is the Markdown cell that follows;
-it begins with `*Figure 01.1.*`.
+A figure of the book is a `BookFigure`. Shown by `plt.show()` in a notebook, its output holds the picture (PNG), and the
+alt text twice: as the picture's `alt` metadata, and as the plain text that stands in for it where pictures cannot be
+shown (nbval compares that text, so alt texts name exact counts but never a measured time). The caption is the Markdown
+cell that follows; it begins with `*Figure 01.1.*`.
 
 Figures are opaque: they look the same in JupyterLab's light and dark themes. What a colour says, a letter, a hatch or a
 position says, too, so that nothing is lost in grey print.
@@ -63,7 +63,7 @@ class BookFigure(Figure):
     numbers: Mapping[str, Any] = MappingProxyType({})
 
     def described(self, alt: str, **numbers: Any) -> BookFigure:
-        """Set the alt text (one or two sentences that say what the picture says) and the numbers; returns the figure."""
+        """Set the alt text (a sentence or two that say what the picture says) and the numbers; returns itself."""
         self.alt = " ".join(alt.split())
         self.numbers = MappingProxyType(numbers)
         return self
@@ -89,7 +89,7 @@ def new_figure(width: float = 8.0, height: float = 3.2, **subplots: Any) -> tupl
 
 
 def new_canvas(width: float, height: float) -> tuple[BookFigure, Axes]:
-    """A figure to draw boxes in: one axes without frame, y downwards, the same unit (about a page's width) on both axes."""
+    """A figure to draw boxes in: one axes without frame, y downwards, one unit (a page's width) on both axes."""
     figure, axes = new_figure(width, height)
     axes.set_axis_off()
     axes.set_aspect("equal")
@@ -103,7 +103,7 @@ def request_color(request_id: str, order: Sequence[str]) -> str:
 
 
 def request_letter(request_id: str, order: Sequence[str]) -> str:
-    """What stands for a request where there is room for one character: its id if that is one, else a letter by arrival."""
+    """What stands for a request where one character has room: its id if that is one, else a letter by arrival."""
     return request_id if len(request_id) == 1 else LETTERS[order.index(request_id) % len(LETTERS)]
 
 
@@ -137,8 +137,8 @@ def draw_page(
 ) -> None:
     """One page as a square centred at (x, y).
 
-    A used page has the colour of its owner, a shared one a stripe of each; `filled` is the share of its slots that hold a
-    token (the rest is drawn pale); `changed` frames it heavily.
+    A used page has the colour of its owner, a shared one a stripe of each; `filled` is the share of its slots that hold
+    a token (the rest is drawn pale); `changed` frames it heavily.
     """
     left, top = x - size / 2, y - size / 2
     if owners:

@@ -1,0 +1,1 @@
+"""What the notebooks use and the engine never imports: baselines, contracts, figures, benchmarks, training."""

@@ -1,0 +1,446 @@
+"""How the bundled story model came to be: `python -m minillm.lab.train` makes it again.
+
+A byte-level BPE tokenizer and a Qwen3 model of about 6M parameters, both learned from 755 fairy tales. The book fits
+in 9.7 million characters, which a model of this size can learn by heart: most choices below are there to stop it.
+
+Training has two phases under one learning-rate schedule. In the first, windows of 1024 tokens are cut from the stories
+anywhere. Stories are longer than that (2,600 tokens in the median), so a model trained only so would seldom see a
+beginning and an end together, and would never stop talking. In the second phase, half of the windows are *told
+tales*: short stories whole, and long ones cut down to their first and last paragraphs, so that each ends in time.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+END = "<|endoftext|>"
+END_ID = 0
+HELD_OUT_EVERY = 20  # stories 19, 39, 59, ... of the corpus are held out
+PROMPT = "Once upon a time"
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Words keep the space before them, a run of newlines is a piece of its own: paragraphs can be joined token by token.
+PIECES = r"'(?:s|t|re|ve|m|ll|d)(?!\p{L})| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n+|\s+(?!\S)|\s+"
+TALE_OPENING = re.compile(r"once|long ago|there (was|were)|lived", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result, apart from the corpus. Lengths are in tokens."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_qo_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 768
+    context: int = 1024
+    dropout: float = 0.1
+    batch_size: int = 32
+    steps: int = 2400
+    ending_share: float = 0.2  # of the steps: the second phase
+    opening_rows: int = 2  # windows of a first-phase batch that start where a story starts
+    told_rows: int = 16  # windows of a second-phase batch that are told tales
+    shortest_tale: int = 200
+    warmup: int = 100
+    optimizer: str = "muon"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    bpe_dropout: float = 0.0
+    evaluations: int = 24
+    seed: int = 0
+
+
+QUICK = Settings(
+    vocab_size=512, hidden_size=64, num_layers=2, num_qo_heads=2, num_kv_heads=1, intermediate_size=128, context=512,
+    batch_size=4, steps=20, opening_rows=1, told_rows=2, shortest_tale=128, warmup=4, evaluations=4,
+)  # fmt: skip
+
+
+# --- the text -------------------------------------------------------------------------------------------------------
+def read_stories(corpus: Path) -> list[str]:
+    """The stories of the corpus in order, without the white space around them."""
+    text = lzma.decompress(corpus.read_bytes()).decode("utf-8")
+    return [story.strip() for story in text.split(END + "\n") if story.strip()]
+
+
+def split_stories(stories: list[str]) -> tuple[list[str], list[str]]:
+    """(training, held out): every story whose index leaves 19 when divided by 20 is held out."""
+    held_out = stories[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return [story for i, story in enumerate(stories) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
+
+
+def train_tokenizer(stories: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019). Every byte is in the alphabet: any text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(stories, trainer)
+    return tokenizer
+
+
+def encode_paragraphs(tokenizer: Tokenizer, stories: list[str]) -> list[list[list[int]]]:
+    """Each story as a list of paragraphs, each a list of token ids that includes the blank line after it."""
+    split = [re.split(r"(?<=\n\n)(?=\S)", story) for story in stories]
+    encodings = iter(tokenizer.encode_batch([paragraph for story in split for paragraph in story]))
+    return [[next(encodings).ids for _ in story] for story in split]
+
+
+# --- windows of tokens ----------------------------------------------------------------------------------------------
+def story_windows(
+    encode: Callable[[], list[np.ndarray]], context: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Endless windows `[context + 1]` cut from the stories, which are encoded and put in a new order for every pass."""
+    while True:
+        stories = encode()
+        order = rng.permutation(len(stories))
+        stream = np.concatenate([np.append(stories[i], END_ID) for i in order])
+        starts = np.arange(rng.integers(context), len(stream) - context, context)
+        for start in rng.permutation(starts):
+            yield stream[start : start + context + 1]
+
+
+def opening_windows(stories: list[np.ndarray], context: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Endless windows `[context + 1]` whose first token is the first of a story: prompts have no token before them."""
+    while True:
+        window = np.empty(0, dtype=np.int64)
+        while len(window) <= context:
+            window = np.concatenate([window, stories[rng.integers(len(stories))], [END_ID]])
+        yield window[: context + 1]
+
+
+def shorten(paragraphs: list[list[int]], budget: int, share: float) -> list[int] | None:
+    """A story told in at most `budget` tokens: whole, or its first paragraphs joined to its last.
+
+    The first paragraphs get `share` of the budget and the last ones what is left. None where either does not fit.
+    """
+    if sum(map(len, paragraphs)) <= budget:
+        return [token for paragraph in paragraphs for token in paragraph]
+    lengths = np.array([len(paragraph) for paragraph in paragraphs])
+    first = int(np.searchsorted(np.cumsum(lengths), budget * share, side="right"))
+    left = budget - int(lengths[:first].sum())
+    last = int(np.searchsorted(np.cumsum(lengths[::-1]), left, side="right"))
+    if first == 0 or last == 0:
+        return None
+    return [token for paragraph in paragraphs[:first] + paragraphs[-last:] for token in paragraph]
+
+
+def told_windows(
+    tales: list[list[list[int]]], context: int, shortest: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Endless windows `[context + 1]` that begin where a tale begins and hold all of it, its end token included."""
+    tales = [tale for tale in tales if shorten(tale, context - 1, 0.5)]
+    if not tales:
+        raise ValueError(f"no tale can be told in {context} tokens")
+    while True:
+        window: list[int] = []
+        while len(window) <= context:
+            paragraphs = tales[rng.integers(len(tales))]
+            tale = shorten(paragraphs, int(rng.integers(shortest, context)), rng.uniform(0.4, 0.7))
+            if tale is not None and len(tale) >= shortest // 2:
+                window += [*tale, END_ID]
+        yield np.array(window[: context + 1])
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+def build_model(settings: Settings) -> Qwen3ForCausalLM:
+    """A Qwen3 model with fresh weights; dropout after the embedding, each attention and each MLP, while training."""
+    config = Qwen3Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_qo_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=64,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+        eos_token_id=END_ID,
+        pad_token_id=END_ID,
+    )
+    model = Qwen3ForCausalLM(config)
+
+    def drop(module: torch.nn.Module, _: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        if isinstance(output, tuple):
+            return F.dropout(output[0], settings.dropout, module.training), *output[1:]
+        return F.dropout(output, settings.dropout, module.training)
+
+    model.model.embed_tokens.register_forward_hook(drop)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+    return model
+
+
+def build_optimizers(model: Qwen3ForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for the weight matrices of the layers, AdamW for the embedding and the norms' scales."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    scales = [p for p in model.parameters() if p.ndim == 1]
+    embedding = model.model.embed_tokens.weight
+    groups = [{"params": [embedding], "weight_decay": decay}, {"params": scales, "weight_decay": 0.0}]
+    if settings.optimizer == "adamw":
+        groups[0]["params"] += matrices
+        return [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))]
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))]
+
+
+def rate_at(step: int, settings: Settings) -> float:
+    """The learning rate as a share of its peak: a linear warm-up, then a cosine down to zero."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / (settings.steps - settings.warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def held_out_loss(model: Qwen3ForCausalLM, tokenizer: Tokenizer, stories: list[str], stride: int) -> dict[str, float]:
+    """Nats per character and per token of whole stories, each token predicted once from what precedes it.
+
+    Each story follows one end token and is closed by one, which is predicted and counted, too; characters are those
+    of the story alone. The window of `max_position_embeddings` tokens moves by `stride`, and each token counts in the
+    first window that reaches it: it sees at least `window - stride` tokens before it, where the story has them.
+    """
+    window, device = model.config.max_position_embeddings, model.device
+    inputs, targets = [], []
+    for encoding in tokenizer.encode_batch(stories):
+        ids = np.array([END_ID, *encoding.ids, END_ID])
+        predicted = 0  # targets up to here have been counted
+        for start in range(0, len(ids) - 1, stride):
+            end = min(start + window, len(ids) - 1)
+            x, y = np.full(window, END_ID), np.full(window, -100)
+            x[: end - start] = ids[start:end]
+            y[predicted - start : end - start] = ids[predicted + 1 : end + 1]
+            inputs.append(x)
+            targets.append(y)
+            predicted = end
+            if end == len(ids) - 1:
+                break
+    was_training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    for i in range(0, len(inputs), 32):
+        x = torch.tensor(np.array(inputs[i : i + 32]), device=device)
+        y = torch.tensor(np.array(targets[i : i + 32]), device=device)
+        logits = model(x, use_cache=False).logits.float()
+        nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        tokens += int((y >= 0).sum())
+    model.train(was_training)
+    return {"nats_per_character": nats / sum(map(len, stories)), "nats_per_token": nats / tokens}
+
+
+@torch.no_grad()
+def tell(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompt: str, count: int, max_tokens: int, seed: int
+) -> list[tuple[str, int, bool]]:
+    """`count` stories sampled at the recommended temperature: (text with its prompt, tokens told, whether it ended)."""
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
+    told = model.generate(ids.repeat(count, 1), **recommended(), max_new_tokens=max_tokens, pad_token_id=END_ID)
+    model.train(was_training)
+    stories = []
+    for row in told.tolist():
+        new = row[ids.shape[1] :]
+        ended = END_ID in new
+        stories.append((tokenizer.decode(row), new.index(END_ID) + 1 if ended else len(new), ended))
+    return stories
+
+
+def recommended() -> dict[str, float | bool | int]:
+    """How stories are best sampled; written to `generation_config.json`."""
+    return {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "eos_token_id": END_ID}
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The machine and the versions behind a result."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions |= {"tokenizers": tokenizers.__version__, "python": platform.python_version()}
+    if device.type != "cuda":
+        return {"device": "cpu", **versions}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return {"device": torch.cuda.get_device_name(device), "driver": driver, **versions}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+def train(settings: Settings, stories: list[str], device: torch.device) -> tuple[Qwen3ForCausalLM, Tokenizer, dict]:
+    """Train tokenizer and model; returns them with the history: the loss curve and stories told along the way."""
+    torch.manual_seed(settings.seed)
+    rng = np.random.default_rng(settings.seed)
+    training, held_out = split_stories(stories)
+    tokenizer = train_tokenizer(training, settings.vocab_size)
+    paragraphs = encode_paragraphs(tokenizer, training)
+    tales = [p for p, story in zip(paragraphs, training, strict=True) if TALE_OPENING.search(story[:120])]
+    flat = [np.concatenate(story) for story in paragraphs]
+
+    def encode() -> list[np.ndarray]:
+        """The training stories; with BPE dropout (Provilkov et al. 2020), cut into tokens differently each time."""
+        if not settings.bpe_dropout:
+            return flat
+        tokenizer.model.dropout = settings.bpe_dropout
+        encodings = tokenizer.encode_batch(training)
+        tokenizer.model.dropout = None
+        return [np.array(encoding.ids) for encoding in encodings]
+
+    anywhere = story_windows(encode, settings.context, rng)
+    openings = opening_windows(flat, settings.context, rng)
+    told = told_windows(tales, settings.context, settings.shortest_tale, rng)
+
+    model = build_model(settings).to(device)
+    optimizers = build_optimizers(model, settings)
+    on_gpu = device.type == "cuda"
+    forward = torch.compile(model) if on_gpu else model
+    ending_from = round(settings.steps * (1 - settings.ending_share))
+    every = max(1, settings.steps // settings.evaluations)
+    curve, samples, train_nats = [], [], torch.zeros((), device=device)
+    began = time.perf_counter()
+    for step in range(settings.steps):
+        ending = step >= ending_from
+        special, rows = (told, settings.told_rows) if ending else (openings, settings.opening_rows)
+        windows = [next(special) for _ in range(rows)]
+        windows += [next(anywhere) for _ in range(settings.batch_size - rows)]
+        batch = torch.from_numpy(np.array(windows)).to(device, non_blocking=True)
+        model.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            logits = forward(batch[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * rate_at(step, settings)
+            optimizer.step()
+            optimizer.zero_grad()
+        train_nats += loss.detach()
+        if (step + 1) % every == 0 or step + 1 == settings.steps:
+            measured = held_out_loss(model, tokenizer, held_out, settings.context)
+            curve.append(
+                {"step": step + 1, "phase": 2 if ending else 1, "training_nats_per_token": train_nats.item() / every}
+            )
+            curve[-1] |= {f"held_out_{name}": value for name, value in measured.items()}
+            train_nats.zero_()
+            print(json.dumps(curve[-1] | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
+        if step + 1 in (every, 3 * every, 6 * every, ending_from, settings.steps):
+            samples.append(
+                {"step": step + 1, "text": tell(model, tokenizer, PROMPT, 1, settings.context // 4, 1)[0][0]}
+            )
+    tokens = settings.steps * settings.batch_size * settings.context
+    history = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "parameters": model.num_parameters(),
+        "passes": round(tokens / sum(map(len, flat)), 1),
+        "curve": curve,
+        "samples": samples,
+    }
+    return model, tokenizer, history
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a Hugging Face checkpoint: weights in bf16, tokenizer, and how best to sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig(**recommended(), pad_token_id=END_ID)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=model.config.max_position_embeddings,
+    )
+    fast.save_pretrained(folder)
+
+
+def judge(folder: Path, held_out: list[str], device: torch.device, count: int = 50) -> dict:
+    """What the saved checkpoint, read back, is worth: held-out loss in two protocols, and how its stories end."""
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    window = model.config.max_position_embeddings
+    prompt_tokens = len(tokenizer.encode(PROMPT).ids)
+    stories = tell(model, tokenizer, PROMPT, count, window - prompt_tokens, seed=0)
+    lengths = [tokens for _, tokens, ended in stories if ended]
+    return {
+        "held_out_stories": len(held_out),
+        "held_out_characters": sum(map(len, held_out)),
+        "sliding": {"stride": window // 2, **held_out_loss(model, tokenizer, held_out, window // 2)},
+        "non_overlapping": {"stride": window, **held_out_loss(model, tokenizer, held_out, window)},
+        "stories": {
+            "count": count,
+            "ended": len(lengths),
+            "median_tokens_of_ended": float(np.median(lengths)) if lengths else None,
+            "shortest": min(lengths, default=None),
+            "examples": [text for text, _, _ in stories[:4]],
+        },
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m minillm.lab.train", description=__doc__.splitlines()[0])
+    corpus, results = "notebooks/data/fairy_tales.txt.xz", "notebooks/results/training_story-6m.json"
+    parser.add_argument("--corpus", type=Path, default=REPOSITORY / corpus, help=f"default: {corpus}")
+    parser.add_argument("--output", type=Path, help="checkpoint folder; default: minillm/assets/story-6m")
+    parser.add_argument("--results", type=Path, help=f"the history as JSON; default: {results}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny model on 40 stories, to see that all of it runs")
+    options = parser.parse_args(arguments)
+    if options.quick and not (options.output and options.results):
+        parser.error("--quick needs --output and --results: it must not replace the bundled model")
+    output = options.output or REPOSITORY / "minillm/assets/story-6m"
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
+    stories = read_stories(options.corpus)
+    stories = sorted(stories, key=len)[:40] if options.quick else stories
+
+    model, tokenizer, history = train(settings, stories, device)
+    save(model, tokenizer, output)
+    record = {
+        "command": shlex.join(
+            ["python", "-m", "minillm.lab.train", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "date": date.today().isoformat(),
+        "environment": environment(device),
+        "settings": asdict(settings),
+        "final": judge(output, split_stories(stories)[1], device, count=4 if options.quick else 50),
+        **history,
+    }
+    path = options.results or REPOSITORY / results
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["final"] | {"seconds": record["seconds"], "parameters": record["parameters"]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -44,14 +44,14 @@ _MODEL_LIMITS = {
     "num_qo_heads": (1, 1024),
     "num_kv_heads": (1, 1024),
     "head_dim": (2, 1024),
-    "max_position_embeddings": (1, 2**24),
+    "max_position_embeddings": (1, 2**22),
 }
 _ENGINE_LIMITS = {
     "page_size": (1, 64),
     "num_pages": (1, 2**31 - 2),  # page ids are int32, and the pool has one page more, for padding
     "max_running": (1, 2**16),
     "max_batch_tokens": (1, 2**20),
-    "max_model_len": (2, 2**24),  # a token of prompt and one of output
+    "max_model_len": (2, 2**22),  # a token of prompt and one of output
     "tensor_parallel_size": (1, 64),
     "seed": (0, 2**63 - 1),
 }
@@ -84,25 +84,19 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _dtype_name(value: Any) -> Any:
-    """`torch.bfloat16` and `"torch.bfloat16"` as `"bfloat16"`, without importing torch; anything else as it is."""
-    is_dtype = type(value).__module__ == "torch" and type(value).__name__ == "dtype"
-    return str(value).removeprefix("torch.") if is_dtype or isinstance(value, str) else value
+def _name(value: Any) -> Any:
+    """A torch.dtype or torch.device as its name, without importing torch; other values as they are."""
+    return str(value).removeprefix("torch.") if isinstance(value, str) or type(value).__module__ == "torch" else value
 
 
 def read_json(path: Path, max_bytes: int = 64 * 2**20) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint; `CheckpointError` if it is missing, huge, or not a JSON object."""
     try:
-        too_large = path.stat().st_size > max_bytes
-        content = None if too_large else json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON in UTF-8: {error}") from error
-    if too_large:
-        raise CheckpointError(f"{path} has more than {max_bytes} bytes: it cannot be what its name says")
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"it has more than {max_bytes} bytes")
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -133,9 +127,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         _one_of("rope_type", self.rope_type, _ROPE_PARAMETERS)
         _number("theta", self.theta, 1.0, 1e15)
-        required = {"factor", "beta_fast", "beta_slow"}
-        required |= {"low_freq_factor", "high_freq_factor"} if self.rope_type == "llama3" else set()
-        for name in (*sorted(required), "mscale", "mscale_all_dim", "attention_factor"):
+        required = ("factor", "beta_fast", "beta_slow", *(_LLAMA3[2:] if self.rope_type == "llama3" else ()))
+        for name in (*required, "mscale", "mscale_all_dim", "attention_factor"):
             if name in required or getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0.0, 1e15)
         if self.rope_type in ("llama3", "yarn"):
@@ -188,7 +181,8 @@ class RopeConfig:
         given = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(given, Mapping):
             raise ConfigError(f"rope_parameters must be an object, got {reprlib.repr(given)}")
-        parameters = {name: value for name, value in given.items() if value is not None}
+        unset = {"beta_fast": (None, 0), "beta_slow": (None, 0)}  # as transformers has it
+        parameters = {name: value for name, value in given.items() if value not in unset.get(name, (None,))}
         old_name, theta = parameters.pop("type", "default"), parameters.pop("rope_theta", config.get("rope_theta"))
         rope_type = _one_of("rope_type", parameters.pop("rope_type", old_name), _ROPE_PARAMETERS)
         partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -202,9 +196,6 @@ class RopeConfig:
             if rope_type == "yarn" and "factor" not in parameters:
                 longest = _integer("max_position_embeddings", longest, *_MODEL_LIMITS["max_position_embeddings"])
                 parameters["factor"] = longest / _integer(name, original, 1, 2**24)
-        for name in ("beta_fast", "beta_slow"):
-            if parameters.get(name) == 0:
-                del parameters[name]  # as transformers has it, 0 means the default
         if rope_type != "default" and "factor" not in parameters:
             raise ConfigError(f"rope_parameters lacks 'factor', which rope_type {rope_type!r} needs")
         return cls(rope_type, cls.theta if theta is None else theta, **parameters)
@@ -239,16 +230,14 @@ class ModelConfig:
             object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
         _number("rms_norm_eps", self.rms_norm_eps, 0.0, 0.1)
         if self.num_qo_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_kv_heads must divide num_qo_heads, got {self.num_kv_heads} and {self.num_qo_heads} heads"
-            )
+            raise ConfigError(f"num_kv_heads {self.num_kv_heads} must divide num_qo_heads {self.num_qo_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
         if not isinstance(self.rope, RopeConfig):
             raise ConfigError(f"rope must be a RopeConfig, got {reprlib.repr(self.rope)}")
         for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
             _flag(name, getattr(self, name))
-        object.__setattr__(self, "dtype", _one_of("dtype", _dtype_name(self.dtype), DTYPE_BYTES))
+        object.__setattr__(self, "dtype", _one_of("dtype", _name(self.dtype), DTYPE_BYTES))
         if not isinstance(self.eos_token_ids, (tuple, list)):
             raise ConfigError(f"eos_token_ids must be a tuple of integers, got {reprlib.repr(self.eos_token_ids)}")
         eos_token_ids = (_integer("eos_token_ids", i, 0, self.vocab_size - 1) for i in self.eos_token_ids)
@@ -266,7 +255,7 @@ class ModelConfig:
 
     def num_bytes(self, dtype: Any = None) -> int:
         """The bytes of the weights in `dtype` (a name or a torch.dtype; None: the checkpoint's)."""
-        return self.num_parameters * DTYPE_BYTES[_one_of("dtype", _dtype_name(dtype or self.dtype), DTYPE_BYTES)]
+        return self.num_parameters * DTYPE_BYTES[_one_of("dtype", _name(dtype or self.dtype), DTYPE_BYTES)]
 
     @classmethod
     def from_hf(cls, folder: str | PathLike[str]) -> ModelConfig:
@@ -282,15 +271,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], generation_eos: Any = None) -> ModelConfig:
-        """From the content of a config.json (and `eos_token_id` of a generation_config.json); may raise `ConfigError`."""
+        """From a config.json's content (and a generation_config.json's `eos_token_id`); may raise `ConfigError`."""
         family = _one_of("model_type", config.get("model_type"), FAMILIES)
         config = _FAMILY_DEFAULTS[family] | dict(config)
         _refuse_unsupported(family, config)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if config.get(name) is None:
-                raise ConfigError(f"{name} is missing")
-        heads = _integer("num_attention_heads", config["num_attention_heads"], *_MODEL_LIMITS["num_qo_heads"])
-        hidden_size = _integer("hidden_size", config["hidden_size"], *_MODEL_LIMITS["hidden_size"])
+        heads = _integer("num_attention_heads", config.get("num_attention_heads"), *_MODEL_LIMITS["num_qo_heads"])
+        hidden_size = _integer("hidden_size", config.get("hidden_size"), *_MODEL_LIMITS["hidden_size"])
         kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
         if head_dim is None and hidden_size % heads:
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads {heads}")
@@ -300,14 +286,11 @@ class ModelConfig:
             eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
         return cls(
             model_type=family,
-            vocab_size=config["vocab_size"],
             hidden_size=hidden_size,
-            intermediate_size=config["intermediate_size"],
-            num_layers=_integer("num_hidden_layers", config["num_hidden_layers"], *_MODEL_LIMITS["num_layers"]),
+            num_layers=_integer("num_hidden_layers", config.get("num_hidden_layers"), *_MODEL_LIMITS["num_layers"]),
             num_qo_heads=heads,
             num_kv_heads=heads if kv_heads is None else _integer("num_key_value_heads", kv_heads, 1, heads),
             head_dim=hidden_size // heads if head_dim is None else head_dim,
-            max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_dict(config),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
@@ -317,6 +300,7 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             eos_token_ids=tuple(eos),
+            **{name: config.get(name) for name in ("vocab_size", "intermediate_size", "max_position_embeddings")},
         )
 
 
@@ -326,10 +310,9 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any]) -> None:
     def refuse(name: str, why: str = "") -> None:
         raise ConfigError(f"{name}={reprlib.repr(config[name])} is not supported{why}")
 
-    architectures = config.get("architectures")
-    expected = f"{family.capitalize()}ForCausalLM"
-    if architectures is not None and architectures != [expected]:
-        refuse("architectures", f" (it must be [{expected!r}])")
+    expected = [f"{family.capitalize()}ForCausalLM"]
+    if config.get("architectures") not in (None, expected):
+        refuse("architectures", f" (it must be {expected})")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", " (it must be 'silu')")
     for name in ("quantization_config", "compression_config", "is_encoder_decoder", "add_cross_attention"):
@@ -389,11 +372,10 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.device).__module__ == "torch" and type(self.device).__name__ == "device":
-            object.__setattr__(self, "device", str(self.device))
+        object.__setattr__(self, "device", _name(self.device))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {reprlib.repr(self.device)}")
-        object.__setattr__(self, "dtype", _one_of("dtype", _dtype_name(self.dtype), ("auto", *DTYPE_BYTES)))
+        object.__setattr__(self, "dtype", _one_of("dtype", _name(self.dtype), ("auto", *DTYPE_BYTES)))
         _one_of("kernels", self.kernels, ("auto", "flashinfer", "reference"))
         for name, (low, high) in _ENGINE_LIMITS.items():
             if getattr(self, name) is not None or name not in ("num_pages", "max_model_len"):
@@ -401,10 +383,7 @@ class EngineConfig:
         object.__setattr__(self, "memory_fraction", _number("memory_fraction", self.memory_fraction, 0.0, 1.0))
         _flag("prefix_caching", self.prefix_caching)
         if self.max_batch_tokens < self.max_running:
-            raise ConfigError(
-                f"max_batch_tokens must be at least max_running (each running request decodes one token a step), "
-                f"got {self.max_batch_tokens} and {self.max_running}"
-            )
+            raise ConfigError(f"max_batch_tokens {self.max_batch_tokens} is below max_running {self.max_running}")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

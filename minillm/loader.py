@@ -14,7 +14,7 @@ import torch
 
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import CheckpointError, ConfigError
-from minillm.weights import WeightSlot, load_weights, random_weights
+from minillm.weights import WeightSlot, check_headers, load_weights, random_weights, read_headers
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "story-6m"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, no pickles
@@ -32,6 +32,17 @@ class ModelLoader:
     def __init__(self, model: str | PathLike[str] | ModelConfig | None = None):
         self.folder = None if isinstance(model, ModelConfig) else find_checkpoint(model)
         self.config = model if isinstance(model, ModelConfig) else ModelConfig.from_hf(self.folder or "")
+
+    def check(self, slots: Mapping[str, WeightSlot], device: torch.device) -> None:
+        """Raise, before memory is taken, what is wrong with the weights, or that they do not fit on the device.
+
+        The slots are of a model on PyTorch's "meta" device, which has shapes but no memory.
+        """
+        if self.folder is not None:
+            check_headers(read_headers(self.folder), slots, self.folder)
+        needed = sum(slot.target.numel() * slot.target.element_size() for slot in slots.values())
+        if needed > (free := device_memory(device)[0]):
+            raise ConfigError(f"the model's weights take {_gib(needed)}, but {device} has {_gib(free)} free")
 
     def load_weights(self, slots: Mapping[str, WeightSlot], seed: int | None = None) -> None:
         """Fill the slots from the checkpoint, or at random if there is none or a seed is given."""

@@ -1,7 +1,8 @@
 """Print the pip options that fetch the build of PyTorch which suits this machine; nothing where pip's default does.
 
-PyPI's torch for Linux is the CUDA build, several gigabytes that a laptop without an NVIDIA GPU cannot use. So on Linux without
-a GPU this asks PyTorch's own index of CPU builds for an answer, for at most three seconds, and names it to pip if one came.
+PyPI's torch for Linux is the CUDA build, several gigabytes that a laptop without an NVIDIA GPU cannot use. So on Linux
+without a GPU this asks PyTorch's own index of CPU builds for an answer, waits at most three seconds, and names it to
+pip if one came.
 
     python tools/torch_index.py auto      # decide as above
     python tools/torch_index.py none      # always pip's own index
@@ -33,7 +34,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def answers(url: str, seconds: float) -> bool:
-    """Whether `url` answers within `seconds`, name look-up included (which no socket time-out covers, hence the thread)."""
+    """Whether `url` answers within `seconds`. A thread, since no socket time-out covers the look-up of the name."""
     ok = threading.Event()
 
     def ask() -> None:

@@ -154,8 +154,9 @@ def first_difference(got: Any, expected: Any, tolerance: float = TOLERANCE, inde
             return f"{_expected_got(expected, got)}\n    first difference at {where}: {_expected_got(other, one)}"
     if len(got) != len(expected):
         shorter = min(len(got), len(expected))
-        end = f"first difference at {index_name} {shorter}: {'nothing' if len(got) < len(expected) else 'something'}
-        there" return f"{_expected_got(expected, got)}\n    {end}; expected {len(expected)} items, got {len(got)}"
+        missing = "nothing" if len(got) < len(expected) else "something"
+        end = f"first difference at {index_name} {shorter}: {missing} there"
+        return f"{_expected_got(expected, got)}\n    {end}; expected {len(expected)} items, got {len(got)}"
     return None
 
 

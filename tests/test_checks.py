@@ -103,7 +103,7 @@ def test_a_checker_that_compares_nothing_is_a_mistake() -> None:
         ("abc", np.zeros(2), "got 'abc'"),
         (object(), np.zeros(2), "an object of type object"),
         ([1, 2], [1, 2, 3], "first difference at page 2: nothing there; expected 3 items, got 2"),
-        ([[1], [2, 5]], [[1], [2, 3]], "first difference at page 1: expected 3, got 5"),
+        ([[1], [2, 5]], [[1], [2, 3]], "first difference at page 1, page 1: expected 3, got 5"),
         ({"a": 1}, {"a": 2}, "first difference at ['a']: expected 2, got 1"),
         ({"a": 1}, {"b": 1}, "expected {'b': 1}, got {'a': 1}"),
         (float("nan"), 1.0, "expected 1, got nan"),

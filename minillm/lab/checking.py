@@ -151,7 +151,10 @@ def first_difference(got: Any, expected: Any, tolerance: float = TOLERANCE, inde
     for where, one, other in pairs:
         difference = first_difference(one, other, tolerance, index_name)
         if difference:
-            return f"{_expected_got(expected, got)}\n    first difference at {where}: {_expected_got(other, one)}"
+            inner = difference.splitlines()[-1].strip()
+            deeper = inner.removeprefix("first difference at ")
+            place = f"{where}, {deeper}" if deeper != inner else f"{where}: {inner}"
+            return f"{_expected_got(expected, got)}\n    first difference at {place}"
     if len(got) != len(expected):
         shorter = min(len(got), len(expected))
         missing = "nothing" if len(got) < len(expected) else "something"
@@ -171,11 +174,12 @@ def _plain(value: Any) -> Any:
 def _array_difference(got: Any, expected: np.ndarray, tolerance: float, index_name: str) -> str | None:
     if not isinstance(got, np.ndarray):
         try:
-            got = np.asarray(got)
-        except (TypeError, ValueError):
-            got = None
-        if got is None or got.dtype == object:
+            array = np.asarray(got)
+        except (TypeError, ValueError):  # rows of different lengths
+            array = np.empty(0, dtype=object)
+        if array.dtype.kind not in "biuf":
             return f"expected an array of shape {expected.shape}, got {_shown(got)}"
+        got = array
     if got.shape != expected.shape:
         return f"expected shape {expected.shape}, got shape {got.shape}"
     if np.issubdtype(expected.dtype, np.floating):

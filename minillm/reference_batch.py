@@ -25,7 +25,9 @@ from minillm.reference_plan import CustomMask, Plan
 Scale = float | torch.Tensor
 
 
-def rope_parameters(pos_encoding_mode: str, rope_scale: float | None, rope_theta: float | None) -> tuple[float, float] | None:
+def rope_parameters(
+    pos_encoding_mode: str, rope_scale: float | None, rope_theta: float | None
+) -> tuple[float, float] | None:
     """(scale, theta) of the rotation inside attention, or None where there is none."""
     check_pos_encoding_mode(pos_encoding_mode)
     if pos_encoding_mode == "NONE":
@@ -95,9 +97,7 @@ class BatchPrefill:
         """Whether plan() writes to the buffers that were given at construction."""
         return self._use_cuda_graph
 
-    def reset_workspace_buffer(
-        self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor
-    ) -> None:
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
         """Take other workspaces; the twin does not use them, and only checks their 16-byte alignment (ValueError)."""
         check_workspace(float_workspace_buffer, "float_workspace_buffer")
         check_workspace(int_workspace_buffer, "int_workspace_buffer")
@@ -146,7 +146,10 @@ class BatchPrefill:
         if bits.numel() != lengths.sum():
             raise ValueError(f"the custom mask has {bits.numel()} elements, but the batch has {lengths.sum()} scores")
         if self._use_cuda_graph:
-            for name, buffer in (("custom_mask_buf", self._custom_mask_buf), ("mask_indptr_buf", self._mask_indptr_buf)):
+            for name, buffer in (
+                ("custom_mask_buf", self._custom_mask_buf),
+                ("mask_indptr_buf", self._mask_indptr_buf),
+            ):
                 if not torch.is_tensor(buffer):
                     raise ValueError(
                         f"{name} must be initialized with a torch.Tensor in cuda graph mode if we use custom mask "
@@ -186,5 +189,3 @@ class BatchPrefill:
             kernel_lse = q.new_empty((q.size(0), heads), dtype=torch.float32) if lse is None else lse
         out = run_plan(plan, q, kv, kv_layout, self._gather_buffer, scale, out, kernel_lse)
         return finish(out, kernel_lse, v_scale, lse_base, lse_layout, lse_out)
-
-

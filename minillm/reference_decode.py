@@ -1,4 +1,4 @@
-"""The twin of FlashInfer's decode attention: over pages, and for one request.
+"""The twin of FlashInfer's decode attention over a paged K/V cache.
 
 Source: https://docs.flashinfer.ai/api/attention.html.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minillm.reference_batch import Scale, finish, rope_parameters
+from minillm.reference_batch import finish, rope_parameters
 from minillm.reference_checks import (
     PagedKVCache,
     canonical_dtypes,
@@ -29,7 +29,6 @@ from minillm.reference_checks import (
 from minillm.reference_kernel import GatherBuffer, run_plan
 from minillm.reference_ops import get_seq_lens
 from minillm.reference_plan import Plan, Problem, make_plan
-from minillm.reference_ragged import single_prefill_with_kv_cache
 
 # plan()'s options in the order in which releases before 0.7 took them positionally.
 LEGACY_PLAN_ORDER = (
@@ -112,9 +111,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """Whether plan() writes to the buffers that were given at construction."""
         return self._use_cuda_graph
 
-    def reset_workspace_buffer(
-        self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor
-    ) -> None:
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
         """Take other workspaces; the twin does not use them, and only checks their 16-byte alignment (ValueError)."""
         check_workspace(float_workspace_buffer, "float_workspace_buffer")
         check_workspace(int_workspace_buffer, "int_workspace_buffer")
@@ -157,9 +154,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        self._plan_impl(
-            indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **kwargs
-        )
+        self._plan_impl(indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **kwargs)
 
     begin_forward = plan
 
@@ -355,53 +350,3 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 f"q implies q_len_per_req={q_len_per_req} but plan() used {self._q_len_per_req}; re-plan with the "
                 "matching q_len_per_req."
             )
-
-
-def single_decode_with_kv_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_layout: str = "NHD",
-    pos_encoding_mode: str = "NONE",
-    use_tensor_cores: bool = False,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    window_left: int = -1,
-    logits_soft_cap: float | None = None,
-    sm_scale: float | None = None,
-    rope_scale: float | None = None,
-    rope_theta: float | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query row `q` `[num_qo_heads, head_dim]` over `k`, `v` `[kv_len, num_kv_heads, head_dim]`.
-
-    HND: `k`, `v` with the heads first. Returns `[num_qo_heads, head_dim]`, or (output, log-sum-exp float32 base 2
-    `[num_qo_heads]`; 0-d for one head with `use_tensor_cores`, as FlashInfer does).
-    Raises KeyError (layout, encoding), RuntimeError (no K/V: FlashInfer cannot launch that either).
-    Source: https://docs.flashinfer.ai/api/attention.html.
-    """
-    check_kv_layout(kv_layout)
-    kv_len = k.shape[0 if kv_layout == "NHD" else 1]
-    if kv_len == 0:
-        raise RuntimeError("single_decode_with_kv_cache needs at least one token of K/V")
-    result = single_prefill_with_kv_cache(
-        q.unsqueeze(0),
-        k,
-        v,
-        kv_layout=kv_layout,
-        pos_encoding_mode=pos_encoding_mode,
-        sm_scale=softmax_scale(sm_scale, q.shape[-1], q_scale),
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        return_lse=return_lse,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    if not return_lse:
-        return result.squeeze(0)
-    out, lse = result
-    lse = lse.squeeze(0)
-    return out.squeeze(0), lse.squeeze(0) if use_tensor_cores else lse

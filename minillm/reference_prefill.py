@@ -240,8 +240,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         scale = softmax_scale(problem.sm_scale, q.size(-1), q_scale, k_scale)
         whole = isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.ndim == 5
         kv = paged_kv_cache if whole else (k, v)
-        return self._attend(
-            q, kv, self._kv_layout, scale, v_scale, out, lse, return_lse, lse_base, lse_layout
-        )
+        return self._attend(q, kv, self._kv_layout, scale, v_scale, out, lse, return_lse, lse_base, lse_layout)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)

@@ -1,4 +1,4 @@
-"""The twin of FlashInfer's prefill attention over K/V without pages: a ragged batch, or one request.
+"""The twin of FlashInfer's attention over K/V without pages: a ragged batch, one prompt, one decode row.
 
 Source: https://docs.flashinfer.ai/api/attention.html.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minillm.reference_batch import BatchPrefill, Scale, finish, rope_parameters, unpack_mask
+from minillm.reference_batch import BatchPrefill, finish, rope_parameters, unpack_mask
 from minillm.reference_checks import (
     PagedKVCache,
     canonical_dtypes,
@@ -249,9 +249,7 @@ def single_prefill_with_kv_cache(
     `[qo_len, num_qo_heads]`). Raises KeyError (layout, encoding), RuntimeError (causal with kv_len < qo_len),
     NotImplementedError (an argument the twin cannot serve). Source: https://docs.flashinfer.ai/api/attention.html.
     """
-    refuse(
-        "single_prefill_with_kv_cache", scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf
-    )
+    refuse("single_prefill_with_kv_cache", scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf)
     check_backend("single_prefill_with_kv_cache", backend)
     rope = rope_parameters(pos_encoding_mode, rope_scale, rope_theta)
     check_kv_layout(kv_layout)
@@ -283,10 +281,58 @@ def single_prefill_with_kv_cache(
         logits_soft_cap=logits_soft_cap or 0.0,
         rope=rope,
     )
-    plan = make_plan(
-        problem, np.array([0, qo_len]), np.array([0, kv_len]), np.array([kv_len]), None, q.device, mask
-    )
+    plan = make_plan(problem, np.array([0, qo_len]), np.array([0, kv_len]), np.array([kv_len]), None, q.device, mask)
     lse = q.new_empty((qo_len, q.shape[1]), dtype=torch.float32) if return_lse else None
     scale = softmax_scale(sm_scale, q.shape[2], k_scale)
     out = run_plan(plan, q, (k, v), "NHD", GatherBuffer(), scale, None, lse)
     return finish(out, lse, v_scale)
+
+
+def single_decode_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query row `q` `[num_qo_heads, head_dim]` over `k`, `v` `[kv_len, num_kv_heads, head_dim]`.
+
+    HND: `k`, `v` with the heads first. Returns `[num_qo_heads, head_dim]`, or (output, log-sum-exp float32 base 2
+    `[num_qo_heads]`; 0-d for one head with `use_tensor_cores`, as FlashInfer does).
+    Raises KeyError (layout, encoding), RuntimeError (no K/V: FlashInfer cannot launch that either).
+    Source: https://docs.flashinfer.ai/api/attention.html.
+    """
+    check_kv_layout(kv_layout)
+    kv_len = k.shape[0 if kv_layout == "NHD" else 1]
+    if kv_len == 0:
+        raise RuntimeError("single_decode_with_kv_cache needs at least one token of K/V")
+    result = single_prefill_with_kv_cache(
+        q.unsqueeze(0),
+        k,
+        v,
+        kv_layout=kv_layout,
+        pos_encoding_mode=pos_encoding_mode,
+        sm_scale=softmax_scale(sm_scale, q.shape[-1], q_scale),
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        return_lse=return_lse,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    if not return_lse:
+        return result.squeeze(0)
+    out, lse = result
+    lse = lse.squeeze(0)
+    return out.squeeze(0), lse.squeeze(0) if use_tensor_cores else lse

@@ -149,7 +149,7 @@ def is_mutable(value: ast.AST | None, frozen: set[str]) -> bool:
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when this body does: also in `if`, `try`, `with` and loops, not in functions or classes."""
+    """The statements that run when this body does: in `if`, `try`, `with`, loops, not in functions or classes."""
     for node in body:
         yield node
         if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):

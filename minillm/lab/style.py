@@ -11,7 +11,8 @@ position says, too, so that nothing is lost in grey print.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -79,13 +80,20 @@ class BookFigure(Figure):
         return {"text/plain": f"Figure: {self.alt}"}, {"image/png": {"alt": self.alt}}
 
 
+def in_style(draw: Callable[..., BookFigure]) -> Callable[..., BookFigure]:
+    """Decorates a function that draws: matplotlib reads some of the style (titles) when it is called, not before."""
+
+    @functools.wraps(draw)
+    def drawing(*args: Any, **kwargs: Any) -> BookFigure:
+        with plt.rc_context(dict(RC)):
+            return draw(*args, **kwargs)
+
+    return drawing
+
+
 def new_figure(width: float = 8.0, height: float = 3.2, **subplots: Any) -> tuple[BookFigure, Any]:
-    """A figure in the book's style and its axes, as `plt.subplots` returns them; sizes in inches, at most 9 wide."""
-    with plt.rc_context(dict(RC)):
-        figure, axes = plt.subplots(
-            figsize=(width, height), dpi=DPI, layout="constrained", FigureClass=BookFigure, **subplots
-        )
-    return figure, axes
+    """A figure and its axes, as `plt.subplots` returns them; sizes in inches, at most 9 wide. Call it `@in_style`."""
+    return plt.subplots(figsize=(width, height), dpi=DPI, layout="constrained", FigureClass=BookFigure, **subplots)
 
 
 def new_canvas(width: float, height: float) -> tuple[BookFigure, Axes]:
@@ -133,12 +141,13 @@ def draw_page(
     order: Sequence[str] = (),
     filled: float = 1.0,
     changed: bool = False,
+    corner: str = "",
     size: float = 0.9,
 ) -> None:
     """One page as a square centred at (x, y).
 
     A used page has the colour of its owner, a shared one a stripe of each; `filled` is the share of its slots that hold
-    a token (the rest is drawn pale); `changed` frames it heavily.
+    a token (the rest is drawn pale); `changed` frames it heavily. `label` is in the middle, `corner` small below it.
     """
     left, top = x - size / 2, y - size / 2
     if owners:
@@ -154,8 +163,11 @@ def draw_page(
     edge, line = (INK, 2.2) if changed else (GREY, 0.8)
     axes.add_patch(Rectangle((left, top), size, size, facecolor=face, hatch=hatch, edgecolor=edge, linewidth=line))
     if label:
-        halo = [] if ink == PAPER else [patheffects.withStroke(linewidth=2.0, foreground=PAPER, alpha=0.8)]
-        draw_text(axes, x, y, label, color=ink, path_effects=halo)
+        plain = len(owners) == 1 or state == "free"
+        halo = [] if plain else [patheffects.withStroke(linewidth=2.0, foreground=PAPER, alpha=0.8)]
+        draw_text(axes, x, y - (0.1 if corner else 0.0), label, color=ink, path_effects=halo)
+        if corner:
+            draw_text(axes, x, y + 0.29, corner, color=ink, fontsize=5.5, path_effects=halo)
 
 
 def draw_box(
@@ -163,7 +175,7 @@ def draw_box(
 ) -> None:
     """A box with rounded corners whose top left corner is at (x, y)."""
     options = {"linewidth": 1.0} | style
-    rounding = f"round,pad=0,rounding_size={min(width, height) * 0.12}"
+    rounding = f"round,pad=0,rounding_size={min(width, height, 8) * 0.12}"
     axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=rounding, facecolor=face, edgecolor=edge, **options))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -121,7 +122,7 @@ class MemoryReport:
     total_bytes: int
     free_bytes: int  # free for this process, while the engine idles
     weights_bytes: int
-    activation_bytes: int  # the most that a step takes and gives back (on CPU: as far as it raised the process's peak)
+    activation_bytes: int  # the most that a step takes and gives back; on CPU as far as Linux tells
     kv_bytes: int = 0  # the KV pool; filled in when it exists
 
     @property
@@ -138,21 +139,16 @@ def device_memory(device: torch.device) -> tuple[int, int]:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 2**62, 2**62
+    return _proc_bytes("/proc/meminfo", "MemAvailable") or total, total
+
+
+def _proc_bytes(path: str, name: str) -> int:
+    """A number of kilobytes that Linux reports under /proc, in bytes; 0 where there is none."""
     try:
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
     except OSError:
-        available = None
-    return (int(available[1]) * 1024 if available else total), total
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(found[1]) * 1024 if found else 0
 
 
 def warm_up(
@@ -163,19 +159,20 @@ def warm_up(
     `run_step(num_tokens)` runs a forward pass over that many tokens, and the sampler over `max_running` rows. Its pages
     are of a small pool of its own, which it drops.
     """
-    is_cuda = device.type == "cuda"
     run_step(1)  # what is loaded once and kept is not a step's
-    if is_cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if is_cuda else _peak_bytes(device)
-    run_step(num_tokens)
-    if is_cuda:
+        run_step(num_tokens)
         torch.cuda.synchronize(device)
-        before = min(before, torch.cuda.memory_allocated(device))
-    activation_bytes = _peak_bytes(device) - before
-    if is_cuda:
+        activation_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         torch.cuda.empty_cache()
+    else:
+        with suppress(OSError):  # Linux: let the process's peak (VmHWM) start from here
+            Path("/proc/self/clear_refs").write_text("5")
+        before = _proc_bytes("/proc/self/status", "VmHWM")
+        run_step(num_tokens)
+        activation_bytes = _proc_bytes("/proc/self/status", "VmHWM") - before
     free, total = device_memory(device)
     return MemoryReport(str(device), total, free, weights_bytes, activation_bytes)
 

@@ -56,7 +56,7 @@ def tiny_checkpoint(
 ) -> Path:
     """Save a `tiny_model` to a folder, as one file or as shards of `max_shard_size`, and return the folder.
 
-    `config` overrides `TINY`: `tie_word_embeddings=True`, `attention_bias=True`, `num_key_value_heads=1`, `head_dim=32`,
+    `config` overrides `TINY`: `tie_word_embeddings=True`, `attention_bias=True`, `num_key_value_heads=1`,
     `rope_parameters={"rope_type": "linear", "factor": 2.0}`, ... With `tokenizer`, a `byte_tokenizer` comes along.
     """
     from transformers.utils import logging

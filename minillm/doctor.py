@@ -91,9 +91,7 @@ def check_torch() -> Check:
         torch = importlib.import_module("torch")
         works = bool(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8)
     except Exception as error:
-        return Check(
-            "torch", False, f"cannot be used: {_first_line(error)}", "install it again: pip install torch==2.13.0"
-        )
+        return Check("torch", False, f"cannot be used: {_first_line(error)}", "install it again, in a new environment")
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     detail = f"{torch.__version__} ({build}, {torch.get_num_threads()} threads)"
     if not works or _numbers(torch.__version__) < (2, 11):
@@ -145,9 +143,7 @@ def check_disk() -> Check:
     except (OSError, RuntimeError) as error:
         return Check("disk", False, _first_line(error), "set HOME to a folder that exists")
     ok = free >= GIB
-    return Check(
-        "disk", ok, f"{free / GIB:.1f} GiB free at home", "" if ok else "downloads and kernels need room: free some"
-    )
+    return Check("disk", ok, f"{free / GIB:.1f} GiB free at home", "" if ok else "downloads and kernels need room")
 
 
 # --- what an NVIDIA GPU needs
@@ -167,18 +163,14 @@ def check_gpu() -> Check:
         if not has_nvidia_driver():
             return Check("GPU", False, "no NVIDIA GPU found", "none needed: everything runs on the CPU, too")
         if torch.version.cuda is None:
-            return Check(
-                "GPU", False, "there is one, but this torch is the CPU build", "make gpu (or install the CUDA build)"
-            )
+            return Check("GPU", False, "there is one, but this torch is the CPU build", "make gpu")
         advice = f"the driver must be new enough for CUDA {torch.version.cuda}: see nvidia-smi"
         return Check("GPU", False, "there is one, but torch cannot use it", advice)
     try:
         name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
         free, total = torch.cuda.mem_get_info(0)
     except Exception as error:
-        return Check(
-            "GPU", False, f"does not answer: {_first_line(error)}", "see nvidia-smi; another program may hold it"
-        )
+        return Check("GPU", False, f"does not answer: {_first_line(error)}", "see what nvidia-smi says")
     count = torch.cuda.device_count()
     detail = f"{f'{count} x ' if count > 1 else ''}{name}, {total / GIB:.0f} GiB ({free / GIB:.0f} free)"
     if capability < MIN_COMPUTE_CAPABILITY:
@@ -197,7 +189,7 @@ def check_flashinfer() -> Check:
 
 
 def find_nvcc() -> Path | None:
-    """The CUDA compiler that FlashInfer would call: FLASHINFER_NVCC, else CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda."""
+    """The CUDA compiler that FlashInfer would call: FLASHINFER_NVCC, or by CUDA_HOME, CUDA_PATH, PATH, /usr/local."""
     named = os.environ.get("FLASHINFER_NVCC")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")

@@ -36,6 +36,7 @@ STACK = (
     "model",
     "loader",
     "request",
+    "detokenizer",
     "sampler",
     "scheduler",
     "metrics",

@@ -14,6 +14,7 @@ from minillm.lab.style import (
     GREY,
     INK,
     PALE,
+    PAPER,
     BookFigure,
     draw_page,
     draw_text,
@@ -150,12 +151,10 @@ def _draw_array(
         axes.add_patch(Rectangle((i - 0.48, y - 0.4), 0.96, 0.8, facecolor=color, edgecolor=INK, linewidth=0.6))
         draw_text(axes, i, y, str(label), color=text_color(color))
     draw_text(axes, -1.0, y + 1.0, indptr_name, ha="right", family="monospace", fontsize=9, color=GREY)
-    drawn: dict[int, list[int]] = {}
-    for entry, border in enumerate(indptr):
-        drawn.setdefault(int(border), []).append(entry)
-    for border in drawn:
+    for border in sorted(set(indptr)):
         axes.plot([border - 0.5] * 2, [y - 0.55, y + 0.7], color=INK, linewidth=1.4)
-        draw_text(axes, border - 0.5, y + 1.0, str(border), family="monospace", weight="bold")
+        paper = {"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none"}
+        draw_text(axes, border - 0.5, y + 1.0, str(border), family="monospace", weight="bold", bbox=paper)
 
 
 @in_style
@@ -187,7 +186,7 @@ def csr_arrays(
     _draw_array(axes, 0, "positions", arrays.positions.tolist(), row_owner, order, indptrs[0], "qo_indptr")
     _draw_array(axes, 3, "kv_indices", arrays.kv_indices.tolist(), page_owner, order, indptrs[1], "kv_indptr")
     for i, (page, owner) in enumerate(zip(arrays.kv_indices.tolist(), page_owner, strict=True)):
-        axes.plot([i, page], [3.45, 6.4], color=request_color(owner, order), linewidth=1.6, zorder=0)
+        axes.plot([i, page], [3.42, 6.5], color=request_color(owner, order), linewidth=1.6, zorder=0)
     draw_text(axes, -1.0, 7, "the pool", ha="right", fontsize=9)
     for page in range(num_pages):
         share = filled[page] / arrays.page_size

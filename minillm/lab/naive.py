@@ -118,7 +118,7 @@ class TinyModel:
     """One attention layer between an embedding and an output head: the least that generates. Weights are random.
 
     Attributes:
-        embedding: `[vocab_size, hidden_size]`; its transpose is the output head.
+        embedding, head: `[vocab_size, hidden_size]`.
         positions: `[max_tokens, hidden_size]`, added to the embedding.
         w_q, w_o: `[hidden_size, num_qo_heads * head_dim]`; w_k, w_v: `[hidden_size, num_kv_heads * head_dim]`.
     """
@@ -129,6 +129,7 @@ class TinyModel:
     w_k: torch.Tensor
     w_v: torch.Tensor
     w_o: torch.Tensor
+    head: torch.Tensor
     head_dim: int
 
     @staticmethod
@@ -153,6 +154,7 @@ class TinyModel:
             w_k=weight(hidden_size, num_kv_heads * head_dim),
             w_v=weight(hidden_size, num_kv_heads * head_dim),
             w_o=weight(hidden_size, num_qo_heads * head_dim),
+            head=weight(vocab_size, hidden_size),
             head_dim=head_dim,
         )
 
@@ -175,7 +177,7 @@ class TinyModel:
 
     def logits(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The next token's logits, `[num_tokens, vocab_size]`; the layer's output is added to its input."""
-        return (x + attended.flatten(1) @ self.w_o.T) @ self.embedding.T
+        return (x + attended.flatten(1) @ self.w_o.T) @ self.head.T
 
 
 def generate_without_cache(model: TinyModel, prompt: Sequence[int], num_new: int) -> list[int]:

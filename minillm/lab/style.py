@@ -72,7 +72,7 @@ class BookFigure(Figure):
     def savefig(self, *args: Any, **kwargs: Any) -> None:
         """As in matplotlib, but the same bytes every time, SVG included."""
         with plt.rc_context({"svg.hashsalt": "minillm"}):
-            if str(args[0] if args else "").endswith(".svg"):
+            if "svg" in (kwargs.get("format"), str(args[0] if args else "")[-3:]):
                 kwargs.setdefault("metadata", {"Date": None})
             super().savefig(*args, **kwargs)
 
@@ -163,7 +163,7 @@ def draw_page(
     edge, line = (INK, 2.2) if changed else (GREY, 0.8)
     axes.add_patch(Rectangle((left, top), size, size, facecolor=face, hatch=hatch, edgecolor=edge, linewidth=line))
     if label:
-        plain = len(owners) == 1 or state == "free"
+        plain = len(owners) == 1 or (not owners and state == "free")
         halo = [] if plain else [patheffects.withStroke(linewidth=2.0, foreground=PAPER, alpha=0.8)]
         draw_text(axes, x, y - (0.1 if corner else 0.0), label, color=ink, path_effects=halo)
         if corner:

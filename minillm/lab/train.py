@@ -89,7 +89,7 @@ def split_stories(stories: list[str]) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(stories: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019). Every byte is in the alphabet: any text round-trips."""
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019); all 256 bytes are in it: any text round-trips."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -267,7 +267,9 @@ def tell(
     model.eval()
     torch.manual_seed(seed)
     ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
-    told = model.generate(ids.repeat(count, 1), **recommended(), max_new_tokens=max_tokens, pad_token_id=END_ID)
+    ids = ids.repeat(count, 1)
+    options = recommended() | {"max_new_tokens": max_tokens, "pad_token_id": END_ID}
+    told = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     model.train(was_training)
     stories = []
     for row in told.tolist():

@@ -102,6 +102,15 @@ class SamplingParams:
             put("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
 
 
+def check_fits(num_prompt: int, params: SamplingParams, max_num_tokens: int, num_pages: int, page_size: int) -> None:
+    """Raise `InvalidRequestError` for a request that could not be finished even with the whole pool to itself."""
+    most = min(num_prompt + params.max_tokens, max_num_tokens)
+    if most - 1 > num_pages * page_size:  # the last token is returned, but never computed
+        raise InvalidRequestError(
+            f"the request may grow to {most} tokens, but all {num_pages} pages together hold {num_pages * page_size}"
+        )
+
+
 @dataclass(frozen=True)
 class RequestMetrics:
     """When things happened to one request, in seconds; `arrival_time` is a `time.perf_counter` reading.

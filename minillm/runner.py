@@ -2,55 +2,155 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from minillm.context import BatchArrays, Group, InferenceContext, KVPoolLike, SoloGroup
+from minillm.config import EngineConfig, ModelConfig
+from minillm.context import BatchArrays, Chunk, Group, InferenceContext
+from minillm.errors import ConfigError
+from minillm.loader import MemoryReport, ModelLoader, warm_up
 from minillm.model import CausalLM
+from minillm.page_manager import KVPool, PageManager
 from minillm.page_protocol import PageManagerProtocol, check_batch_arrays
 from minillm.request import Request
 from minillm.sampler import SampledTokens, SamplerProtocol
 from minillm.scheduler import StepPlan
-from minillm.wrappers import WrapperManager
+from minillm.wrappers import WrapperManager, load_kernels
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The config with `device` and `dtype` decided.
+
+    `device="auto"` is `MINILLM_DEVICE` if set, else CUDA where it is usable, else the CPU. `dtype="auto"` is float32 on a CPU,
+    and on CUDA the checkpoint's, but for float32, which FlashInfer does not serve: bfloat16 then, with a notice.
+    """
+    name = config.device
+    if name == "auto":
+        name = os.environ.get("MINILLM_DEVICE", "auto")
+        config = replace(config, device=name)  # checks it
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise ConfigError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} usable GPUs here")
+        name = f"cuda:{index}"
+    dtype = config.dtype
+    if dtype == "auto" and name == "cpu":
+        dtype = "float32"
+    elif dtype == "auto":
+        dtype = model.dtype
+        if dtype == "float32":
+            warnings.warn("the checkpoint is float32: computing in bfloat16, which GPU kernels serve", stacklevel=2)
+            dtype = "bfloat16"
+    return replace(config, device=name, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: the requests that have a new token, their tokens, and the seconds each phase took."""
+    """What a step gave: the requests that have a new token, their tokens, and the seconds that each phase took."""
 
+    plan: StepPlan
     requests: list[Request]
     sampled: SampledTokens
+    started: float  # a `time.perf_counter` reading
     prepare_time: float
     forward_time: float
     sample_time: float
 
 
 class ModelRunner:
-    """Composed of a model, its wrappers and its pool; one on each rank.
+    """Composed of a model, its wrappers and its pool; there is one on each rank.
 
     Args:
-        model: this rank's part of the model.
-        wrappers: plans the attention of each step.
-        kernels: the module that the layers compute with.
-        kv_pool: this rank's K/V tensors.
+        loader, config: what to run, and how; `config` is resolved.
         group: the ranks that share the model.
+        announce: tells the other ranks what this one is about to do: `announce("pool", num_pages)` or
+            `announce("step", arrays, token_ids, logits_rows)`.
+        random_weights: fill the weights from `config.seed` instead of a checkpoint.
     """
 
     def __init__(
         self,
-        model: CausalLM,
-        wrappers: WrapperManager,
-        kernels: Any,
-        kv_pool: KVPoolLike,
-        group: Group | None = None,
+        loader: ModelLoader,
+        config: EngineConfig,
+        group: Group,
+        announce: Callable[..., None],
+        random_weights: bool = False,
     ):
-        self.model, self.wrappers, self.kernels, self.kv_pool = model, wrappers, kernels, kv_pool
-        self.group = group or SoloGroup()
+        self.config, self.group, self.announce = config, group, announce
+        self.device = torch.device(config.device)
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.kernels = load_kernels(config.kernels, self.device)
+        num_positions = config.max_model_len or loader.config.max_position_embeddings
+        self.model = CausalLM(loader.config, self.device, self.dtype, group, num_positions)
+        loader.load_weights(self.model.weight_slots(), config.seed if random_weights else None)
+        self.num_kv_heads = loader.config.num_kv_heads // group.size
+        self.wrappers = WrapperManager(
+            self.kernels,
+            num_qo_heads=loader.config.num_qo_heads // group.size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=loader.config.head_dim,
+            page_size=config.page_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.kv_pool: KVPool | None = None
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of this rank's K and V of one page, over all layers."""
+        shape = self.model.config
+        return KVPool.bytes_per_page(
+            shape.num_layers, self.config.page_size, self.num_kv_heads, shape.head_dim, self.dtype
+        )
+
+    def make_pool(self, num_pages: int) -> None:
+        """Make the K/V tensors, on every rank; the ones before are dropped first."""
+        self.announce("pool", num_pages)
+        shape = self.model.config
+        self.kv_pool = None
+        self.kv_pool = KVPool(
+            shape.num_layers,
+            num_pages,
+            self.config.page_size,
+            self.num_kv_heads,
+            shape.head_dim,
+            self.dtype,
+            self.device,
+        )
+
+    def warm_up(self) -> MemoryReport:
+        """Run the largest step on a small pool of its own: what is loaded on first use is loaded, and memory is measured."""
+        max_len = self.config.max_model_len or self.model.config.max_position_embeddings
+        page_size, most = self.config.page_size, self.config.max_batch_tokens
+        # As many requests as it takes to fill the step, none longer than a request may be.
+        lengths = [min(max_len, most - start) for start in range(0, most, max_len)]
+        self.make_pool(sum(-(-length // page_size) for length in lengths))
+
+        def run_step(num_tokens: int) -> None:
+            pages = PageManager(self.kv_pool.num_pages, page_size, prefix_caching=False)
+            chunks = []
+            for index, length in enumerate(lengths):
+                length = min(length, num_tokens - sum(chunk.end for chunk in chunks))
+                if length > 0:
+                    pages.allocate(str(index), range(length))
+                    pages.extend(str(index), length)
+                    chunks.append(Chunk(str(index), 0, length))
+            num_rows = min(self.config.max_running, num_tokens)
+            rows = np.arange(num_tokens - num_rows, num_tokens, dtype=np.int32)
+            self.forward(pages.batch_arrays(chunks), np.zeros(num_tokens, np.int32), rows)
+
+        weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return warm_up(run_step, most, self.device, weights_bytes)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan, page_manager: PageManagerProtocol, sampler: SamplerProtocol) -> StepResult:
@@ -58,28 +158,31 @@ class ModelRunner:
         started = time.perf_counter()
         arrays = page_manager.batch_arrays(plan.chunks)
         check_batch_arrays(arrays, plan.chunks, page_manager.num_pages, page_manager.page_size)
-        token_ids = np.fromiter(
-            chain.from_iterable(
-                request.token_ids[chunk.start : chunk.end]
-                for request, chunk in zip(plan.requests, plan.chunks, strict=True)
-            ),
-            np.int32,
-            plan.num_tokens,
-        )
-        reaches_end = [chunk.end == len(r.token_ids) for r, chunk in zip(plan.requests, plan.chunks, strict=True)]
+        pairs = list(zip(plan.requests, plan.chunks, strict=True))
+        tokens = chain.from_iterable(request.token_ids[chunk.start : chunk.end] for request, chunk in pairs)
+        token_ids = np.fromiter(tokens, np.int32, plan.num_tokens)
+        reaches_end = [chunk.end == len(request.token_ids) for request, chunk in pairs]
         logits_rows = arrays.qo_indptr[1:][reaches_end] - 1
+        requests = [request for request, ends in zip(plan.requests, reaches_end, strict=True) if ends]
         try:
             context, on_device = self.context(arrays, token_ids, logits_rows, page_manager)
             prepared = time.perf_counter()
             logits = self.model(on_device, context)
             forwarded = time.perf_counter()
-            requests = [request for request, ends in zip(plan.requests, reaches_end, strict=True) if ends]
             sampled = sampler.sample(logits, requests) if requests else SampledTokens([], [], [])
         finally:
             self.wrappers.release()
-        return StepResult(
-            requests, sampled, prepared - started, forwarded - prepared, time.perf_counter() - forwarded
-        )
+        ended = time.perf_counter()
+        return StepResult(plan, requests, sampled, started, prepared - started, forwarded - prepared, ended - forwarded)
+
+    @torch.inference_mode()
+    def forward(self, arrays: BatchArrays, token_ids: np.ndarray, logits_rows: np.ndarray) -> torch.Tensor:
+        """The forward pass alone: what ranks other than 0 do in a step."""
+        try:
+            context, on_device = self.context(arrays, token_ids, logits_rows)
+            return self.model(on_device, context)
+        finally:
+            self.wrappers.release()
 
     def context(
         self,
@@ -88,7 +191,8 @@ class ModelRunner:
         logits_rows: np.ndarray,
         page_manager: PageManagerProtocol | None = None,
     ) -> tuple[InferenceContext, torch.Tensor]:
-        """The context of a step, and its token ids on the device. Ranks other than 0 have no page manager."""
+        """The context of a step, and its token ids on the device; the wrappers' buffers are taken until `release`."""
+        self.announce("step", arrays, token_ids, logits_rows)
         inputs = self.wrappers.plan(arrays, token_ids, logits_rows)
         context = InferenceContext(
             kernels=self.kernels,
@@ -105,12 +209,3 @@ class ModelRunner:
             logits_rows=inputs.logits_rows,
         )
         return context, inputs.token_ids
-
-    @torch.inference_mode()
-    def forward(self, arrays: BatchArrays, token_ids: np.ndarray, logits_rows: np.ndarray) -> torch.Tensor:
-        """Only the forward pass: what a rank other than 0 does in a step, and what a warm-up runs."""
-        try:
-            context, on_device = self.context(arrays, token_ids, logits_rows)
-            return self.model(on_device, context)
-        finally:
-            self.wrappers.release()

@@ -118,7 +118,9 @@ def filtered_probs(
 
     if any(top_k) or any(p < 1 for p in top_p):
         most = max(min(k or vocab_size, vocab_size) for k in top_k)  # no row keeps more, ties aside
-        ordered = torch.topk(probs, most, dim=-1).values if most < vocab_size else probs.sort(-1, descending=True).values
+        ordered = (
+            torch.topk(probs, most, dim=-1).values if most < vocab_size else probs.sort(-1, descending=True).values
+        )
         last = column([min(k or vocab_size, vocab_size) - 1 for k in top_k], torch.int64)
         threshold = ordered.gather(-1, last)
         ordered = ordered.where(ordered >= threshold, 0)

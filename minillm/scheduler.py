@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from minillm.context import Chunk
-from minillm.errors import ContractError, InvalidRequestError, OutOfPagesError
+from minillm.errors import ContractError, OutOfPagesError
 from minillm.page_protocol import PageManagerProtocol, check_num_cached
-from minillm.request import Request, Status
+from minillm.request import Request, Status, check_fits
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,8 @@ class Scheduler:
         Raises:
             InvalidRequestError: it could never fit the pool, not even alone.
         """
-        most = min(request.num_prompt + request.params.max_tokens, request.max_num_tokens)
-        room = self.page_manager.num_pages * self.page_manager.page_size
-        if most - 1 > room:  # the last token is never computed, only returned
-            raise InvalidRequestError(
-                f"the request may grow to {most} tokens, but all {self.page_manager.num_pages} pages together hold {room}"
-            )
+        pages = self.page_manager
+        check_fits(request.num_prompt, request.params, request.max_num_tokens, pages.num_pages, pages.page_size)
         self.waiting.append(request)
 
     def schedule(self, max_tokens: int | None = None) -> StepPlan:
@@ -173,7 +169,10 @@ class Scheduler:
         for request in self.running:
             if not 0 <= request.num_computed <= request.num_tokens or request.status is not Status.RUNNING:
                 raise ContractError("Scheduler", "0 <= num_computed <= num_tokens while running", request.request_id)
-            if len(self.page_manager.page_table(request.request_id)) * self.page_manager.page_size < request.num_computed:
+            if (
+                len(self.page_manager.page_table(request.request_id)) * self.page_manager.page_size
+                < request.num_computed
+            ):
                 raise ContractError("Scheduler", "a running request has pages for what is computed", request.request_id)
         for request in self.waiting:
             if request.num_computed or request.status is not Status.WAITING:

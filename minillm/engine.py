@@ -1,0 +1,449 @@
+"""LLMEngine: requests in, tokens out. It owns everything below it, and decides what a fault may cost.
+
+The boundaries, from the inside out: a bad request is refused before it costs anything; a fault in one request ends that request;
+a fault in a step ends the requests of that step; a fault of the device, of a worker, or of the engine's own books ends every
+request, and the engine with them. Whatever happens, every request ends with a reason, and no page is lost.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from reprlib import repr as short
+from typing import Any
+
+import torch
+
+from minillm.config import EngineConfig, ModelConfig
+from minillm.detokenizer import OutputText
+from minillm.distributed import DistributedManager
+from minillm.errors import (
+    ConfigError,
+    ContractError,
+    EngineClosedError,
+    EngineDeadError,
+    WorkerError,
+)
+from minillm.intake import Intake
+from minillm.loader import ModelLoader, load_tokenizer, pool_size
+from minillm.metrics import StepRecord
+from minillm.page_manager import PageManager
+from minillm.request import FinishReason, Request, RequestOutput, SamplingParams
+from minillm.runner import ModelRunner, StepResult, resolve
+from minillm.sampler import Sampler
+from minillm.scheduler import Scheduler, StepPlan
+
+MAX_RETRIES = 3  # of a step that ran out of memory, each with half the tokens
+OTHER_OPTIONS = ("tokenizer", "weights", "observers", "page_manager", "scheduler", "sampler")
+
+
+class LLMEngine:
+    """Serves requests step by step.
+
+    Args:
+        model: a checkpoint folder, a name on the Hugging Face hub, or a `ModelConfig` (with `weights="random"`); None is the
+            bundled story model.
+        tokenizer: `"auto"` is the checkpoint's own; None serves token ids only; or anything with `encode` and `decode`.
+        weights: `"checkpoint"`, or `"random"`.
+        observers: told of every step and request; see `minillm.metrics.Observer`.
+        page_manager, scheduler, sampler: classes (or factories) to run instead of the library's own; see `PageManagerProtocol`,
+            `SchedulerProtocol` and `SamplerProtocol` for what they must do.
+        **options: the fields of `EngineConfig`.
+
+    Raises:
+        TypeError: an option that does not exist; the message names the nearest.
+        ConfigError: an option has a wrong value, or the model does not fit.
+        CheckpointError: the checkpoint is missing, broken or not supported.
+        KernelsUnavailableError: FlashInfer is asked for where it cannot run.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | ModelConfig | None = None,
+        *,
+        tokenizer: Any = "auto",
+        weights: str = "checkpoint",
+        observers: Sequence[Any] = (),
+        page_manager: Callable[..., Any] = PageManager,
+        scheduler: Callable[..., Any] = Scheduler,
+        sampler: Callable[..., Any] = Sampler,
+        **options: Any,
+    ):
+        self._is_closed = True  # until everything below exists
+        config = EngineConfig.from_options(OTHER_OPTIONS, **options)
+        if weights not in ("checkpoint", "random"):
+            raise ConfigError(f"weights must be 'checkpoint' or 'random', got {short(weights)}")
+        if isinstance(model, ModelConfig) and weights != "random":
+            raise ConfigError("a ModelConfig names no checkpoint: pass weights='random' with it")
+        loader = ModelLoader(model)
+        if isinstance(tokenizer, str):
+            tokenizer = loader.load_tokenizer() if tokenizer == "auto" else load_tokenizer(tokenizer)
+        self.model_config, self.tokenizer = loader.config, tokenizer
+        config = resolve(config, loader.config)
+        is_random = weights == "random"
+        self.distributed = DistributedManager(loader, config, is_random)
+        try:
+            distributed = self.distributed
+            self.runner = ModelRunner(loader, config, distributed.group, distributed.announce, is_random)
+            memory = self.runner.warm_up()
+            num_pages, max_model_len = pool_size(config, loader.config, self.runner.bytes_per_page, memory)
+            self.config = config = replace(config, num_pages=num_pages, max_model_len=max_model_len)
+            self.runner.make_pool(num_pages)
+        except BaseException:
+            self.distributed.close()
+            raise
+        self.memory = replace(memory, kv_bytes=self.runner.kv_pool.num_bytes)
+        self.page_manager = page_manager(num_pages, config.page_size, config.prefix_caching)
+        self.scheduler = scheduler(
+            self.page_manager, max_running=config.max_running, max_batch_tokens=config.max_batch_tokens
+        )
+        self.sampler = sampler(loader.config.vocab_size)
+        self.observers = list(observers)
+        self.intake = Intake(tokenizer, loader.config, config)
+        self._requests: dict[str, Request] = {}  # unfinished, by internal id
+        self._children: dict[str, list[str]] = {}  # internal ids of the unfinished samples of each caller's id
+        self._texts: dict[str, OutputText] = {}  # of requests whose text is wanted as it grows
+        self._outputs: dict[str, list[RequestOutput]] = {}  # ended, not delivered yet, by the caller's id
+        self._claimed: set[str] = set()  # ids whose outputs `take` will fetch, not `step`
+        self._num_steps = 0
+        self._finished_in_step: list[str] = []
+        self._fault: BaseException | None = None
+        self._is_closed = False
+
+    # Requests ------------------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+    ) -> str:
+        """Queue a prompt; returns the id under which its outputs will come.
+
+        Args:
+            prompt: text, or token ids.
+            params: how to sample; the defaults of `SamplingParams` if None.
+            request_id: an id that is not in use; made up if None.
+            on_token: called with each new token id and the text it makes certain (maybe none yet, maybe more than its own).
+                If it raises, the request ends with `error`.
+
+        Raises:
+            InvalidRequestError: the prompt or a parameter cannot be served.
+        """
+        self._check_usable()
+        return self._admit(self.prepare(prompt, params, on_token, request_id))
+
+    def abort(self, request_id: str) -> None:
+        """End a request with `abort`; its output is delivered by the next step. Unknown and ended ids are ignored."""
+        for child in list(self._children.get(request_id, ())):
+            self._end(self._requests[child], "abort")
+
+    def has_unfinished(self) -> bool:
+        """Whether there is work to do or an output that `step` has not delivered."""
+        return bool(self._requests) or any(request_id not in self._claimed for request_id in self._outputs)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns every request that has ended since the last call, each sample exactly once.
+
+        Raises:
+            EngineClosedError, EngineDeadError: the engine cannot run any more.
+            ContractError: a swapped-in part broke a rule; every request has ended with `error`.
+        """
+        if self._fault is None or not self._outputs:
+            self._check_usable()
+        if self._requests:
+            self.advance()
+        mine = [request_id for request_id in self._outputs if request_id not in self._claimed]
+        return [output for request_id in mine for output in self._outputs.pop(request_id)]
+
+    # What LLM is made of -------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+        request_id: str | None = None,
+    ) -> list[Request]:
+        """The requests (one for each sample) that a prompt makes, checked but not admitted; see `add_request`."""
+        self._check_usable()
+        taken = ChainMap[str, Any](self._requests, self._children, self._outputs)
+        return self.intake.requests(self.intake.encode(prompt), params, request_id, on_token, taken)
+
+    def submit(self, requests: list[Request]) -> str:
+        """Queue prepared requests; their outputs are kept for `take`."""
+        self._check_usable()
+        self._claimed.add(requests[0].parent_id)
+        return self._admit(requests)
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether any sample of a submitted request is still running."""
+        return request_id in self._children
+
+    def take(self, request_id: str) -> list[RequestOutput]:
+        """The outputs of a submitted request, in order of sample; aborts what is unfinished, and forgets the request."""
+        self.abort(request_id)
+        self._claimed.discard(request_id)
+        return sorted(self._outputs.pop(request_id, []), key=lambda output: output.sample_index)
+
+    def advance(self) -> None:
+        """Run one step and keep what it gives. An interrupt that arrives meanwhile is raised after it."""
+        self._check_usable()
+        with _deferred_interrupts():
+            self._advance()
+
+    # One step ------------------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        self._finished_in_step = []
+        started = time.perf_counter()
+        try:
+            plan = self.scheduler.schedule()
+            self._check_plan(plan)
+        except Exception as error:
+            self._die(error)
+            raise self._as_contract_error("scheduler or page manager", error) from error
+        scheduled = time.perf_counter()
+        result, fault = self._run(plan)
+        ran = time.perf_counter()
+        if result is not None:
+            plan = result.plan
+            try:
+                self.scheduler.complete(plan)
+                self._take_tokens(result)
+            except Exception as error:
+                self._die(error)
+                raise self._as_contract_error("scheduler, page manager or sampler", error) from error
+        if self.observers:
+            self._tell_step(plan, result, started, scheduled, ran, fault)
+        self._num_steps += 1
+
+    def _run(self, plan: StepPlan) -> tuple[StepResult | None, str | None]:
+        """Run the plan, smaller and smaller if memory runs out; if it fails, its requests end with `error`."""
+        for retry in range(MAX_RETRIES + 1):
+            try:
+                return self.runner.step(plan, self.page_manager, self.sampler), None
+            except ContractError as error:
+                self._die(error)
+                raise
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"
+                if self._is_fatal(error):
+                    self._die(error)
+                    return None, message
+                if _is_out_of_memory(error) and retry < MAX_RETRIES and plan.num_tokens > 1:
+                    self.page_manager.evict()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    smaller = self.scheduler.schedule(max(1, plan.num_tokens // 2))
+                    if smaller:
+                        plan = smaller
+                        continue
+                for request in plan.requests:
+                    self._end(request, "error", f"the step failed with {message}")
+                return None, message
+        raise AssertionError("unreachable")
+
+    def _take_tokens(self, result: StepResult) -> None:
+        sampled, now = result.sampled, time.perf_counter()
+        if len(sampled.token_ids) != len(result.requests):
+            raise ContractError("Sampler", "one token for each row of the logits")
+        for request in result.plan.requests:
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = result.started
+        rows = zip(result.requests, sampled.token_ids, sampled.is_valid, sampled.logprobs, strict=True)
+        for request, token_id, is_valid, logprobs in rows:
+            if request.request_id not in self._requests:
+                continue  # a callback of another request has aborted it just now
+            if not is_valid:
+                self._end(request, "error", "the model's logits are not finite numbers")
+                continue
+            if not 0 <= token_id < self.model_config.vocab_size:
+                raise ContractError("Sampler", f"token ids are of the vocabulary, got {token_id}", request.request_id)
+            request.token_ids.append(token_id)
+            if request.first_token_time is None:
+                request.first_token_time = now
+            if logprobs is not None:
+                request.logprobs.append(logprobs)
+            reason = request.stop_reason()
+            text = self._texts.get(request.request_id)
+            if text is None and request.on_token is None:
+                if reason is not None:
+                    self._end(request, reason)
+                continue
+            try:
+                self._show(request, text, token_id, reason)
+            except Exception as error:
+                self._end(request, "error", f"{type(error).__name__}: {error}")
+
+    def _show(self, request: Request, text: OutputText | None, token_id: int, reason: FinishReason | None) -> None:
+        """Grow the text of a request by a token, look for its stop strings, and tell the caller."""
+        piece = ""
+        if text is not None:
+            piece = text.push([token_id], may_stop=request.num_output >= request.params.min_tokens)
+            if text.is_stopped:
+                reason = "stop"
+            if reason is not None:
+                piece += text.finish()
+        if request.on_token is not None:
+            request.on_token(token_id, piece)
+        if reason is not None:
+            self._end(request, reason)
+
+    # The life of a request -----------------------------------------------------------------------------------------------
+
+    def _admit(self, requests: list[Request]) -> str:
+        parent_id = requests[0].parent_id
+        self._children[parent_id] = []
+        for request in requests:
+            self.scheduler.add(request)
+            self._requests[request.request_id] = request
+            self._children[parent_id].append(request.request_id)
+            if self.tokenizer is not None and (request.on_token is not None or request.params.stop):
+                self._texts[request.request_id] = OutputText(self.tokenizer, request.token_ids, request.params.stop)
+            self._tell("on_request_added", request.request_id, request.num_prompt)
+        return parent_id
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """A request ends, once: its pages go back, its output waits to be delivered."""
+        if self._requests.pop(request.request_id, None) is None:
+            return
+        request.finish_reason, request.error = reason, error
+        if self._fault is None:  # after a fault the books cannot be trusted, nor are they needed
+            self.scheduler.finish(request)
+        text = self._texts.pop(request.request_id, None)
+        if text is None and self.tokenizer is not None:
+            text = OutputText(self.tokenizer, request.token_ids[: request.num_prompt], ())
+            text.push(request.output_token_ids)
+        if text is not None:
+            text.finish()
+        output = request.output("" if text is None else text.text)
+        siblings = self._children[request.parent_id]
+        siblings.remove(request.request_id)
+        if not siblings:
+            del self._children[request.parent_id]
+        self._outputs.setdefault(request.parent_id, []).append(output)
+        self._finished_in_step.append(request.request_id)
+        self._tell("on_request_finished", output)
+
+    # Faults and the end --------------------------------------------------------------------------------------------------
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        if not plan:
+            raise ContractError("Scheduler", "while requests are unfinished, a step computes something")
+        if any(request.request_id not in self._requests for request in plan.requests):
+            raise ContractError("Scheduler", "only unfinished requests are planned")
+
+    def _is_fatal(self, error: Exception) -> bool:
+        """Whether the device or a worker is beyond use: with several ranks, any fault leaves the others waiting."""
+        accelerator_error = getattr(torch, "AcceleratorError", ())
+        is_cuda_fault = isinstance(error, accelerator_error) or "CUDA error" in str(error)
+        return is_cuda_fault or isinstance(error, WorkerError) or self.config.tensor_parallel_size > 1
+
+    def _as_contract_error(self, part: str, error: Exception) -> Exception:
+        if isinstance(error, ContractError):
+            return error
+        return ContractError(part, f"does not raise, but it raised {type(error).__name__}: {error}")
+
+    def _die(self, fault: BaseException) -> None:
+        """End every request with `error` and free everything; from now on the engine only delivers outputs."""
+        self._fault = fault
+        for request in list(self._requests.values()):
+            self._end(request, "error", f"the engine failed with {type(fault).__name__}: {fault}")
+        self._free()
+
+    def _free(self) -> None:
+        self.distributed.close()
+        self.runner = self.page_manager = self.scheduler = self.sampler = None
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise EngineClosedError("this engine is closed; make a new one")
+        if self._fault is not None:
+            raise EngineDeadError(
+                f"the engine failed with {type(self._fault).__name__}: {self._fault}"
+            ) from self._fault
+
+    def close(self) -> None:
+        """Abort what is running, stop the workers, free the memory. May be called again."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._requests.clear()
+            self._free()
+
+    def __enter__(self) -> LLMEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_closed", True):
+            self.close()
+
+    # Observers -----------------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, *details: Any) -> None:
+        for observer in list(self.observers):
+            try:
+                if (method := getattr(observer, event, None)) is not None:
+                    method(*details)
+            except Exception as error:
+                self.observers.remove(observer)
+                warnings.warn(f"dropped an observer whose {event} raised {type(error).__name__}: {error}", stacklevel=2)
+
+    def _tell_step(
+        self, plan: StepPlan, result: StepResult | None, started: float, scheduled: float, ran: float, fault: str | None
+    ) -> None:
+        is_alive = self._fault is None
+        self._tell(
+            "on_step",
+            StepRecord(
+                index=self._num_steps,
+                start_time=started,
+                schedule_time=scheduled - started,
+                prepare_time=result.prepare_time if result else 0.0,
+                forward_time=result.forward_time if result else ran - scheduled,
+                sample_time=result.sample_time if result else 0.0,
+                finish_time=time.perf_counter() - ran,
+                chunks=tuple(plan.chunks),
+                num_decode_tokens=plan.num_decodes,
+                num_prefill_tokens=plan.num_tokens - plan.num_decodes,
+                num_running=self.scheduler.num_running if is_alive else 0,
+                num_waiting=self.scheduler.num_waiting if is_alive else 0,
+                num_pages_used=self.page_manager.num_used if is_alive else 0,
+                num_pages_available=self.page_manager.num_available if is_alive else 0,
+                preempted=tuple(plan.preempted),
+                num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
+                finished=tuple(self._finished_in_step),
+                error=fault,
+            ),
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C (in Jupyter, the stop button) back until the block has ended: a step must not be torn in two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    arrived: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if arrived and callable(previous):
+            previous(arrived[0], None)

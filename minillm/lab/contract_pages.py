@@ -103,9 +103,6 @@ class _Trial:
             getattr(self, call.method)(call)
         for request_id in list(self.tokens):
             self.free(Call("free", request_id))
-        self.allocate(Call("allocate", "z", (9,) * self.num_pages * self.page_size))
-        self.extend(Call("extend", "z", number=self.num_pages * self.page_size))
-        self.free(Call("free", "z"))
 
     # The calls of a trace
 
@@ -166,8 +163,9 @@ class _Trial:
         num_new = max(num_needed - len(old), 0)
         self.expect_eviction(num_new)
         enough = num_new <= state.num_available
+        too_few = "extend raises OutOfPagesError when there are too few pages"
         try:
-            self.call("extend", request_id, num_tokens)
+            self.call("extend", request_id, num_tokens, rule="" if enough else too_few)
         except OutOfPagesError:
             self.after = self.state()
             self.require(
@@ -180,7 +178,7 @@ class _Trial:
             return
         self.require(
             enough,
-            "extend raises OutOfPagesError when there are too few pages",
+            too_few,
             f"{num_new} were needed, {state.num_available} available",
         )
         table = self.after.tables[request_id]
@@ -255,6 +253,13 @@ class _Trial:
         )
         self.check_counts()
 
+    def refill(self, call: Call) -> None:
+        """End every request; one alone must then be able to have all pages."""
+        for request_id in list(self.tokens):
+            self.free(Call("free", request_id))
+        self.allocate(Call("allocate", "z", (9,) * self.num_pages * self.page_size))
+        self.extend(Call("extend", "z", number=self.num_pages * self.page_size))
+
     def free_again(self, call: Call) -> None:
         self.before, raised = self.after, None
         self.lines.append(f"manager.free({call.request_id!r})")
@@ -296,7 +301,7 @@ class _Trial:
         except Exception as error:
             self.fail("page_table, num_used and num_available answer at any time", f"{type(error).__name__}: {error}")
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, rule: str = "") -> Any:
         """Make one call; check what must hold after any call."""
         self.before = self.after
         self.lines.append(f"manager.{method}({', '.join(map(_shown, arguments))})")
@@ -305,7 +310,7 @@ class _Trial:
         except (NotImplementedError, OutOfPagesError):
             raise
         except Exception as error:
-            self.fail(f"{method} serves every sensible call", f"it raised {type(error).__name__}: {error}")
+            self.fail(rule or f"{method} serves every sensible call", f"it raised {type(error).__name__}: {error}")
         self.after = self.state()
         if result is not None and not isinstance(result, BatchArrays):
             self.lines[-1] += f"  # {result}"

@@ -56,6 +56,7 @@ def written_traces(prefix_caching: bool) -> Iterator[Trace]:
     one_by_one = [Call("extend", r, number=n) for n in range(1, 8) for r in "ab"]
     yield Trace(8, 2, (Call("allocate", "a", (1,) * 7), Call("allocate", "b", (2,) * 7), *one_by_one, Call("step")))
     yield Trace(4, 4, (*_serve("a", range(10)), Call("free", "a"), *_serve("a", range(10))))  # preempted, and back
+    yield Trace(4, 4, (*_serve("a", range(10)), *_serve("b", (1, 2)), Call("refill")))
     if not prefix_caching:
         return
     for num_tokens in (7, 8, 9, 13):
@@ -65,6 +66,8 @@ def written_traces(prefix_caching: bool) -> Iterator[Trace]:
     both = [Call(method, r, (0, 1, 2), number=3) for method in ("allocate", "extend") for r in "ab"]
     commits = [Call("commit", r) for r in "ab"]
     yield Trace(8, 2, (*both, Call("step"), *commits, Call("allocate", "c", (0, 1, 2)), Call("free", "b")))
+    forget = (Call("free", "a"), Call("evict"), *_serve("b", range(5, 13)), Call("free", "b"))
+    yield Trace(4, 2, (*_serve("a", (0, 1, 2)), *forget, Call("allocate", "a", (0, 1, 2))))
     rule = "the least recently used cached page is evicted first"
     three = [
         call for r, token in (("a", 1), ("b", 2), ("c", 3)) for call in (*_serve(r, (token,) * 2), Call("free", r))
@@ -96,7 +99,7 @@ def random_traces() -> Iterator[Trace]:
             else:
                 number = rng.choice((None, 1, 2)) if kind == "evict" else rng.randint(1, 4 * page_size)
                 calls.append(Call(kind, request_id, prompt, number))
-        yield Trace(rng.randint(2, 8), page_size, tuple(calls))
+        yield Trace(rng.randint(2, 8), page_size, (*calls, Call("refill")))
 
 
 def simpler(trace: Trace) -> Iterator[Trace]:

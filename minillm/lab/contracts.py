@@ -93,7 +93,7 @@ def check_attention(kernels: Any, device: str = "cpu", dtype: torch.dtype = torc
 def check_rmsnorm(
     fn: Callable[..., torch.Tensor],
     device: str = "cpu",
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
 ) -> None:
     """Raise `ContractFailure` unless `fn(x, weight, eps)` is the RMS norm of each row of `x` `[num_tokens, size]`.
 
@@ -107,7 +107,7 @@ def check_rmsnorm(
             ("each row is divided by its own root mean square", 3.0, 0.0, 1e-6, 4),
             ("the mean is not subtracted", 1.0, 2.0, 1e-6, 3),
             ("eps is added to the mean square, under the root", 1e-2, 0.0, 1e-3, 3),
-            ("the squares are summed in float32: they may not overflow or drown", 100.0, 300.0, 1e-6, 3),
+            ("the squares are summed in float32: they may neither overflow nor drown", 100.0, 300.0, 1e-6, 3),
         ):
             x = (torch.randn(num_tokens, 128, generator=generator) * scale + shift).to(device, dtype)
             for weight_rule, weight in (
@@ -167,7 +167,7 @@ def check_rope(
 
 
 def _scattered_batch(page_size: int, lengths: Sequence[tuple[int, int]]) -> BatchArrays:
-    """A batch of requests with `(tokens before, tokens of this step)`, whose pages are scattered among twice as many."""
+    """A batch of requests with `(tokens before, tokens of this step)`, its pages scattered among twice as many."""
     starts, counts = (np.array(column) for column in zip(*lengths, strict=True))
     num_pages = -(-(starts + counts) // page_size)
     total = int(num_pages.sum())

@@ -62,6 +62,8 @@ class PageManagerProtocol(Protocol):
 
 def check_num_cached(num_cached_tokens: int, num_tokens: int, page_size: int, request_id: str | None = None) -> None:
     """Check what `allocate` returned for a request of `num_tokens` tokens; `ContractError` if it breaks a rule."""
+    is_integer = isinstance(num_cached_tokens, (int, np.integer))
+    _require(is_integer, "allocate returns how many tokens are cached, an integer", request_id)
     _require(num_cached_tokens % page_size == 0, "allocate returns a multiple of the page size", request_id)
     _require(num_cached_tokens >= 0, "allocate returns how many tokens are cached, 0 or more", request_id)
     _require(num_cached_tokens < num_tokens, "a prefix hit leaves at least the last token to compute", request_id)
@@ -70,19 +72,23 @@ def check_num_cached(num_cached_tokens: int, num_tokens: int, page_size: int, re
 def check_batch_arrays(arrays: BatchArrays, chunks: Sequence[Chunk], num_pages: int, page_size: int) -> None:
     """Check the arrays that a page manager built for `chunks`; `ContractError` if kernels could not trust them.
 
-    Catches what would read or write outside the pool, or in another request's page: about 100 us for 256 requests.
+    Catches what would read or write outside the pool, or in another request's page: about 150 us for 256 requests.
     """
     for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "positions", "batch_indices"):
-        array = getattr(arrays, name)
+        array = getattr(arrays, name, None)
         is_int32 = isinstance(array, np.ndarray) and array.dtype == np.int32 and array.ndim == 1
         _require(is_int32, f"{name} is a one-dimensional int32 numpy array")
-    starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-    ends = np.array([chunk.end for chunk in chunks], dtype=np.int64)
+    _require(arrays.page_size == page_size, "batch_arrays names the page size of the pool")
+    starts = np.fromiter([chunk.start for chunk in chunks], np.int64, len(chunks))
+    ends = np.fromiter([chunk.end for chunk in chunks], np.int64, len(chunks))
     pages_needed = -(-ends // page_size)
     lengths = ends - starts
-    _require_equal("qo_indptr", arrays.qo_indptr, np.cumsum([0, *lengths]), "adds up the tokens of the chunks")
+    _require_equal("qo_indptr", arrays.qo_indptr, np.append(0, np.cumsum(lengths)), "adds up the tokens of the chunks")
     _require_equal(
-        "kv_indptr", arrays.kv_indptr, np.cumsum([0, *pages_needed]), "adds up the pages of the first `end` tokens"
+        "kv_indptr",
+        arrays.kv_indptr,
+        np.append(0, np.cumsum(pages_needed)),
+        "adds up the pages of the first `end` tokens",
     )
     last_page_len = ends - (pages_needed - 1) * page_size
     _require_equal(
@@ -107,4 +113,5 @@ def _require(holds: bool, rule: str, request_id: str | None = None) -> None:
 
 
 def _require_equal(name: str, got: np.ndarray, expected: np.ndarray, what: str) -> None:
-    _require(np.array_equal(got, expected), f"{name} {what}: expected {expected.tolist()}, got {got.tolist()}")
+    if not np.array_equal(got, expected):
+        _require(False, f"{name} {what}: expected {expected.tolist()}, got {got.tolist()}")

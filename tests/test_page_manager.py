@@ -445,7 +445,7 @@ def test_runtime_rules_accept_the_library():
     check_batch_arrays(manager.batch_arrays([]), [], 64, 4)
 
 
-@pytest.mark.parametrize("wrong", [-4, 3, 8, 12])
+@pytest.mark.parametrize("wrong", [-4, 3, 8, 12, None])
 def test_runtime_rules_of_allocate(wrong):
     with pytest.raises(ContractError):
         check_num_cached(wrong, 8, 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from minillm.context import BatchArrays, Chunk
 from minillm.errors import ContractError, OutOfPagesError
@@ -80,8 +80,8 @@ class _Trial:
     page_size: int
     prefix_caching: bool
     lines: list[str]
-    before: _State | None = None
-    after: _State | None = None
+    before: _State = field(default_factory=lambda: _State({}, 0, 0))
+    after: _State = field(default_factory=lambda: _State({}, 0, 0))
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=dict)
     memory: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class _Trial:
         sizes = (trace.num_pages, trace.page_size, prefix_caching)
         line = f"manager = PageManager(num_pages={sizes[0]}, page_size={sizes[1]}, prefix_caching={sizes[2]})"
         trial = cls(factory(*sizes), *sizes, lines=[line])
-        trial.after = trial.state()
+        trial.before = trial.after = trial.state()
         trial.require(trial.after.num_available == trial.num_pages, "at first every page is available")
         trial.check_counts()
         return trial
@@ -141,13 +141,10 @@ class _Trial:
             "a committed prefix is found again while nothing had to be evicted",
             f"{expected} tokens are cached, {hit} were found",
         )
-        for end in range(size, hit + 1, size):
-            page = self.known.get(token_ids[:end])
-            self.require(
-                page in (None, table[end // size - 1]),
-                "a block that is cached already keeps its page",
-                f"it was in page {page}, and is found in {table[end // size - 1]}",
-            )
+        for index, found in enumerate(table):
+            kept = self.known.get(token_ids[: (index + 1) * size])
+            detail = f"it was in page {kept}, and is found in {found}"
+            self.require(kept in (None, found), "a block that is cached already keeps its page", detail)
         if call.expect is not None:
             self.require(hit == call.expect, call.rule, f"{call.expect} tokens should be found, {hit} were")
         self.num_computed[request_id] = hit
@@ -362,8 +359,8 @@ class _Trial:
         if not holds:
             self.fail(rule, detail)
 
-    def fail(self, rule: str, detail: str) -> Any:
-        before, after = ("" if state is None else state.text(self.num_pages) for state in (self.before, self.after))
+    def fail(self, rule: str, detail: str) -> NoReturn:
+        before, after = self.before.text(self.num_pages), self.after.text(self.num_pages)
         raise ContractFailure(rule, detail, self.lines, before, after)
 
 

@@ -66,7 +66,7 @@ def run_plan(
             o.masked_fill_(group.blind[:, None, None], 0.0)
         if whole and type(group.rows) is slice and out is None:
             if lse is not None:
-                lse.copy_(group_lse.view(lse.shape))
+                lse.copy_(group_lse.reshape(lse.shape))
             return o.to(problem.o_dtype)
         if out is None:
             out = q.new_empty((plan.num_rows, problem.num_qo_heads, problem.head_dim_vo), dtype=problem.o_dtype)

@@ -143,7 +143,7 @@ def _grouped(problem: Problem, qo_lens: np.ndarray, kv_lens: np.ndarray) -> Iter
     order = order[(qo_lens[order] > 0) & (kv_lens[order] > 0)]
     token_bytes = problem.num_kv_heads * (problem.head_dim_qk + problem.head_dim_vo) * problem.kv_dtype.itemsize
     group: list[int] = []
-    waste = 0
+    group_qo_len = longest = waste = 0
     for i, qo_len, kv_len in zip(order.tolist(), qo_lens[order].tolist(), kv_lens[order].tolist(), strict=True):
         if group:
             # Padding is paid for in copying, and again in scores for every row of the request.
@@ -209,7 +209,7 @@ def _visibility(
 def _rotary(
     problem: Problem, qo_len: int, kv_lens: np.ndarray, key_positions: np.ndarray, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The angles for pos_encoding_mode ROPE_LLAMA: of queries `[requests, qo_len, 1, dim/2]`, of keys `[requests, 1, kv_len, dim/2]`."""
+    """(cos, sin, cos, sin) for ROPE_LLAMA: of the queries, then of the keys, as `rotate` takes them."""
     if problem.rope is None:
         return None
     scale, theta = problem.rope

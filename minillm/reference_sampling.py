@@ -22,8 +22,8 @@ def softmax(
 ) -> torch.Tensor:
     """Softmax of `logits` `[batch, vocab]` over a temperature, a number or a tensor `[batch]`; float32.
 
-    Temperature 0 is not special. Raises ValueError (a tensor of another shape, dtype or device), TypeError (neither
-    number nor tensor). Source: https://docs.flashinfer.ai/api/sampling.html.
+    Temperature 0 multiplies by 0, as in FlashInfer: every token becomes as likely (greedy sampling needs no softmax).
+    Raises ValueError (a tensor of another shape, dtype or device), TypeError (neither number nor tensor). Source: https://docs.flashinfer.ai/api/sampling.html.
     """
     if temperature is None:
         return torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -44,12 +44,13 @@ def softmax(
             raise ValueError(
                 f"temperature tensor must have dtype float16, bfloat16, float32, or float64, got {temperature.dtype}"
             )
-        return torch.softmax(logits.float() / temperature.float()[:, None], dim=-1)
+        temperature = temperature.float()[:, None]
+        return torch.softmax(logits.float() * torch.where(temperature == 0, 0.0, 1.0 / temperature), dim=-1)
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(
             "temperature must be None, a real scalar, or a 1D floating-point tensor with one value per logits row"
         )
-    return torch.softmax(logits.float() / float(temperature), dim=-1)
+    return torch.softmax(logits.float() * (1.0 / float(temperature) if temperature else 0.0), dim=-1)
 
 
 def sampling_from_logits(
@@ -130,9 +131,9 @@ def top_k_top_p_sampling_from_probs(
 ) -> Samples:
     """Draw from the `top_k` likeliest tokens, and of those from the fewest that reach the mass `top_p`.
 
-    `top_k`, `top_p`: numbers or `[batch]`. "top_k_first" renormalises between the filters, "joint" applies both to `probs` as given. Tokens as likely as the
-    last one kept are kept, too. The rest as `sampling_from_probs`; ValueError, too, for another order, or parameter
-    tensors of another shape. Source: https://docs.flashinfer.ai/api/sampling.html.
+    `top_k`, `top_p`: numbers or `[batch]`. "top_k_first" renormalises between the filters, "joint" applies both to
+    `probs` as given. Tokens as likely as the last one kept are kept, too. The rest as `sampling_from_probs`;
+    ValueError, too, for another order, or parameter tensors of another shape. Source: https://docs.flashinfer.ai/api/sampling.html.
     """
     _check_order(filter_apply_order)
     _check_nan(probs, check_nan)
@@ -196,19 +197,19 @@ def _filtered(probs: torch.Tensor, top_k: torch.Tensor | int, top_p: torch.Tenso
     """`probs` with 0 for the tokens that the filters drop; not renormalised."""
     vocab = probs.size(-1)
     k, p = _per_row(top_k, probs), _per_row(top_p, probs)
-    ranked = probs.sort(dim=-1, descending=True).values
+    descending = probs.sort(dim=-1, descending=True).values
     if isinstance(k, torch.Tensor):
-        kth = ranked.gather(-1, k.to(torch.int64).clamp(1, vocab) - 1)
+        kth = descending.gather(-1, k.to(torch.int64).clamp(1, vocab) - 1)
     else:
-        kth = ranked[:, min(max(int(k), 1), vocab) - 1, None]
+        kth = descending[:, min(max(int(k), 1), vocab) - 1, None]
+    ranked = descending
     if order == "top_k_first":
         ranked = ranked * (ranked >= kth)
         ranked = ranked / ranked.sum(-1, keepdim=True)
     # A token stays while the likelier ones do not reach p; the likeliest always stays.
     before = ranked.cumsum(-1) - ranked
     last = ((before < p).sum(-1, keepdim=True) - 1).clamp_min_(0)
-    unscaled = probs.sort(dim=-1, descending=True).values if order == "top_k_first" else ranked
-    pth = unscaled.gather(-1, last)
+    pth = descending.gather(-1, last)
     return probs * (probs >= torch.maximum(kth, pth))
 
 

@@ -88,7 +88,7 @@ test: lint
 	$(PYTEST) -q -n $(WORKERS) --dist loadscope $(NBVAL) tests notebooks $(ARGS)
 
 notebooks: dev
-	@$(TEST_ENV) $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	@$(TEST_ENV) $(BIN)/python -m minillm.lab.notebooks $(ARGS)
 
 soak: dev
 	$(PYTEST) -m soak tests $(ARGS)

@@ -170,23 +170,28 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     if arguments.stream and len(arguments.prompts) > 1:
-        raise UsageError("--stream takes one prompt")
+        raise CommandError("--stream takes one prompt")
     if arguments.stream and getattr(arguments, "n", 1) != 1:
-        raise UsageError("--stream shows one output: leave --n out")
+        raise CommandError("--stream shows one output: leave --n out")
     prompts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in arguments.prompts]
     from minillm import LLM, SamplingParams
 
     params = SamplingParams(**sampling_options(arguments))
     with LLM(arguments.model, **engine_options(arguments)) as llm:
         if arguments.stream:
-            pieces = llm.stream(prompts[0], params)
-            first = next(pieces, "")  # a prompt that cannot be served is refused before anything is shown
-            print(("" if arguments.no_echo else prompts[0]) + first, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+            pieces = llm.stream(
+                prompts[0], params
+            )  # a prompt that cannot be served is refused before anything is shown
+            print("" if arguments.no_echo else prompts[0], end="", flush=True)
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            except RuntimeError as error:
+                raise CommandError(f"the request failed: {one_line(error)}") from error
+            finally:
+                print()
             return EXIT_OK
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(prompts, params, progress=sys.stderr.isatty())
     texts = [prompt for prompt in prompts for _ in range(params.n)]
     for index, (prompt, output) in enumerate(zip(texts, outputs, strict=True)):
         if index:
@@ -205,9 +210,9 @@ def report_failures(outputs: Sequence[RequestOutput]) -> int:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.stories <= 26:
-        raise UsageError("--stories must be 1 to 26")
+        raise CommandError("--stories must be 1 to 26")
     if arguments.every < 1:
-        raise UsageError("--every must be at least 1")
+        raise CommandError("--every must be at least 1")
     from minillm.cli_demo import tell_stories
 
     color = sys.stdout.isatty() and not arguments.no_color and not os.environ.get("NO_COLOR")
@@ -280,8 +285,8 @@ def run_bench(arguments: list[str]) -> int:
     return bench.main(arguments) or EXIT_OK
 
 
-class UsageError(MiniLLMError, ValueError):
-    """Arguments that make no sense together."""
+class CommandError(MiniLLMError, ValueError):
+    """Arguments that make no sense together, or a request that failed."""
 
 
 def one_line(error: BaseException) -> str:

@@ -16,15 +16,18 @@ from minillm import LLM, SamplingParams
 from minillm.metrics import StepRecord
 from minillm.request import RequestOutput
 
+# Two openings, longer than a page, each told on in several ways: who comes later finds the opening in the prefix cache.
+MOUNTAINS = "Once upon a time, in a land far away beyond the seven mountains, there lived"
+FOREST = "In the middle of the great dark forest, where no man had ever set his foot, there stood"
 PROMPTS = (
-    "Once upon a time there was a king who",
-    "Once upon a time there was a poor fisherman who",
-    "In the middle of a dark forest lived an old witch",
-    "There was once a little dragon",
+    f"{MOUNTAINS} a king who",
+    f"{FOREST} a little house, and",
+    "There was once a poor fisherman and his wife",
     "The youngest of the three sisters",
-    "Far away in the land of the giants",
+    f"{MOUNTAINS} an old witch who",
+    f"{FOREST} a castle of glass, and",
     "A fox met a wolf upon the road, and",
-    "There once lived a tailor",
+    f"{MOUNTAINS} a dragon who",
 )
 COLORS = (33, 208, 36, 175, 81, 166, 220)  # of a terminal's 256: close to the colours that the book gives to requests
 MAX_TOKENS = (96, 64, 128, 80)  # of different lengths, so that requests come and go
@@ -76,7 +79,7 @@ class Table:
         decodes = record.chunks[: record.num_decode_tokens]
         prefills = record.chunks[record.num_decode_tokens :]
         names = "".join(sorted(self.letters[chunk.request_id] for chunk in decodes))
-        chunks = " ".join(f"{self.letters[chunk.request_id]}:{chunk.end - chunk.start}" for chunk in prefills)
+        chunks = " ".join(f"{self.letters[chunk.request_id]}{chunk.end - chunk.start}" for chunk in prefills)
         event = self.event(record)
         self.num_quiet = 0 if (names, chunks) != self.last or event else self.num_quiet + 1
         self.last = (names, chunks)
@@ -85,7 +88,7 @@ class Table:
 
     def event(self, record: StepRecord) -> str:
         """What happened to requests in this step, in letters."""
-        parts = [f"{self.letters[name]} out of pages, back to the queue" for name in record.preempted]
+        parts = [f"no page left: {self.letters[name]} goes back to the queue" for name in record.preempted]
         parts += [f"{self.letters[name]} ends" for name in record.finished]
         return ", ".join(parts)
 
@@ -135,9 +138,10 @@ def tell_stories(
     paint = Paint(color)
     letters: dict[str, str] = {}
     table = Table(letters, every, paint)
-    small = {"max_running": 4, "max_batch_tokens": 32, "num_pages": 2 * MAP_WIDTH, "page_size": 8}
+    small = {"max_running": 4, "max_batch_tokens": 32, "num_pages": MAP_WIDTH, "page_size": 16}
     small["max_batch_tokens"] = max(small["max_batch_tokens"], options.get("max_running", 0))
     options = {**small, **options}
+    print(paint.dim("Loading the model ..."), flush=True)
     with LLM(model, observers=[table], **options) as llm:
         engine = llm.engine
         table.page_manager = engine.page_manager
@@ -154,7 +158,8 @@ def tell_stories(
             fields.update((name, value) for name, value in sampling.items() if name != "seed")
             ids.append(engine.add_request(prompt, SamplingParams(**fields)))
             letters[ids[-1]] = string.ascii_uppercase[index]
-        print(paint.dim("A B C: the stories.  + cached, for prompts that begin alike.  * shared.  . free."))
+        print(paint.dim("decode: one token each.  prefill: so many tokens of the prompt.  pages: one character a"))
+        print(paint.dim("page, the story's letter, * shared by several, + cached for who begins alike, . free.\n"))
         print(paint.bold(table.header()))
         done: dict[str, RequestOutput] = {}
         while engine.has_unfinished():
@@ -178,12 +183,15 @@ def print_stories(prompts: Sequence[str], outputs: Sequence[RequestOutput], widt
 
 def print_timings(outputs: Sequence[RequestOutput], records: Sequence[StepRecord], paint: Paint) -> None:
     """Per request what its caller felt; over all steps where the time went."""
-    header = f"{'story':<7}{'prompt':>7}{'output':>8}{'queued':>11}{'first token':>13}{'tokens/s':>10}  end"
+    header = (
+        f"{'story':<7}{'prompt':>7}{'cached':>8}{'output':>8}{'queued':>10}{'first token':>13}{'tokens/s':>10}  end"
+    )
     print("\n" + paint.bold(header))
     for index, output in enumerate(outputs):
         metrics = output.metrics
         gap = metrics.inter_token_latency
-        row = f"{metrics.num_prompt_tokens:>13}{metrics.num_output_tokens:>8}{_ms(metrics.queue_time):>11}"
+        row = f"{metrics.num_prompt_tokens:>13}{metrics.num_cached_tokens:>8}{metrics.num_output_tokens:>8}"
+        row += f"{_ms(metrics.queue_time):>10}"
         row += f"{_ms(metrics.ttft):>13}{f'{1 / gap:.0f}' if gap else '-':>10}  {output.finish_reason}"
         print(paint.letters(string.ascii_uppercase[index]) + row)
     if not records:

@@ -37,12 +37,14 @@ STACK = (
     "loader",
     "request",
     "detokenizer",
+    "intake",
     "sampler",
     "scheduler",
     "metrics",
     "runner",
     "distributed",
     "engine",
+    "llm",
     "__init__",
     "cli",
     "__main__",
@@ -169,11 +171,26 @@ def targets_of(node: ast.stmt) -> list[ast.expr]:
 
 
 def no_global(source: str) -> list[str]:
-    return [
-        f"{node.lineno}: {'global statement' if isinstance(node, ast.Global) else 'globals() called'}"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Global) or (isinstance(node, ast.Call) and last_name(node) == "globals")
-    ]
+    """No `global` statement, and no writing to `globals()` instead."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Global):
+            complaints.append(f"{node.lineno}: global {', '.join(node.names)}")
+        for target in written_to(node):
+            if isinstance(target, ast.Call) and last_name(target) == "globals":
+                complaints.append(f"{target.lineno}: globals() is written to")
+    return complaints
+
+
+def written_to(node: ast.AST) -> list[ast.expr]:
+    """The collections that this node changes: `a` of `a[0] = 1`, of `del a[0]`, of `a.append(1)`, of `a += [1]`."""
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        whole = [t for t in targets_of(node) if isinstance(node, ast.AugAssign) and not isinstance(t, ast.Subscript)]
+        return whole + [t.value for t in targets_of(node) if isinstance(t, ast.Subscript)]
+    if isinstance(node, ast.Delete):
+        return [t.value for t in node.targets if isinstance(t, ast.Subscript)]
+    is_mutation = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS
+    return [node.func.value] if is_mutation else []
 
 
 def no_module_state(source: str) -> list[str]:
@@ -198,25 +215,12 @@ def no_module_state(source: str) -> list[str]:
                     complaints.append(f"{node.lineno}: module-level mutable state {target.id}")
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             complaints.append(f"{node.lineno}: importing this module calls {ast.unparse(node.value.func)}")
-    return complaints + written_tables(source, tables)
-
-
-def written_tables(source: str, tables: set[str]) -> list[str]:
-    """Where a table of constants is written to after all."""
-    complaints = []
-    for node in ast.walk(ast.parse(source)):
-        written: list[ast.expr] = []
-        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
-            written = [t for t in targets_of(node) if isinstance(t, ast.Subscript) or isinstance(node, ast.AugAssign)]
-        elif isinstance(node, ast.Delete):
-            written = [t for t in node.targets if isinstance(t, ast.Subscript)]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
-            written = [node.func.value]
-        for target in written:
-            name = target.value if isinstance(target, ast.Subscript) else target
-            if last_name(name) in tables:
-                complaints.append(f"{node.lineno}: the constant {last_name(name)} is written to")
-    return complaints
+    return complaints + [
+        f"{target.lineno}: the constant {last_name(target)} is written to"
+        for node in ast.walk(tree)
+        for target in written_to(node)
+        if last_name(target) in tables
+    ]
 
 
 def no_caches(source: str) -> list[str]:
@@ -295,6 +299,7 @@ def test_no_hidden_state(rule):
     [
         (no_global, "def f():\n    global x\n    x = 1"),
         (no_global, "def f():\n    globals()['x'] = 1"),
+        (no_global, "def f():\n    globals().update(x=1)"),
         (no_module_state, "current = None\nbatch = []"),
         (no_module_state, "requests: dict[str, int] = {}"),
         (no_module_state, "try:\n    import numpy\nexcept ImportError:\n    missing = ['numpy']"),

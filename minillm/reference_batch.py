@@ -17,6 +17,7 @@ from minillm.reference_checks import (
     check_pos_encoding_mode,
     check_tensor,
     check_workspace,
+    refreshed,
     refuse,
 )
 from minillm.reference_kernel import GatherBuffer, run_plan
@@ -141,23 +142,22 @@ class BatchPrefill:
                     "pass custom_mask"
                 )
             bits = unpack_mask(packed_custom_mask.to(self.device), int(lengths.sum()))
-        else:
+        elif custom_mask is not None:
             bits = custom_mask.reshape(-1).to(self.device, torch.bool)
         if bits.numel() != lengths.sum():
             raise ValueError(f"the custom mask has {bits.numel()} elements, but the batch has {lengths.sum()} scores")
         if self._use_cuda_graph:
-            for name, buffer in (
-                ("custom_mask_buf", self._custom_mask_buf),
-                ("mask_indptr_buf", self._mask_indptr_buf),
+            packed, indptr = pack_mask(bits, lengths)
+            for name, buffer, values in (
+                ("custom_mask_buf", self._custom_mask_buf, packed),
+                ("mask_indptr_buf", self._mask_indptr_buf, indptr),
             ):
-                if not torch.is_tensor(buffer):
+                if not isinstance(buffer, torch.Tensor):
                     raise ValueError(
                         f"{name} must be initialized with a torch.Tensor in cuda graph mode if we use custom mask "
                         "in attention computation."
                     )
-            packed, indptr = pack_mask(bits, lengths)
-            self._custom_mask_buf[: len(packed)].copy_(packed)
-            self._mask_indptr_buf.copy_(indptr)
+                refreshed(buffer, values, self.device, non_blocking=False, exact=name == "mask_indptr_buf")
         return CustomMask(bits, np.cumsum(lengths) - lengths)
 
     def _attend(

@@ -82,7 +82,7 @@ class MultiLevelCascadeAttentionWrapper:
 
     def __init__(
         self,
-        num_levels,
+        num_levels: int,
         float_workspace_buffer: torch.Tensor,
         kv_layout: str = "NHD",
         use_cuda_graph: bool = False,
@@ -93,11 +93,11 @@ class MultiLevelCascadeAttentionWrapper:
     ) -> None:
         self._use_cuda_graph = use_cuda_graph
         if use_cuda_graph:
-            arrays = (
-                qo_indptr_buf_arr,
-                paged_kv_indptr_buf_arr,
-                paged_kv_indices_buf_arr,
-                paged_kv_last_page_len_buf_arr,
+            arrays: tuple[list[torch.Tensor], ...] = (
+                qo_indptr_buf_arr or [],
+                paged_kv_indptr_buf_arr or [],
+                paged_kv_indices_buf_arr or [],
+                paged_kv_last_page_len_buf_arr or [],
             )
             self._levels = [
                 BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, True, *buffers)
@@ -149,9 +149,12 @@ class MultiLevelCascadeAttentionWrapper:
         arrays = zip(
             self._levels, qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, strict=True
         )
-        for i, (level, *level_arrays) in enumerate(arrays):
+        for i, (level, qo_indptr, kv_indptr, kv_indices, last_page_len) in enumerate(arrays):
             level.plan(
-                *level_arrays,
+                qo_indptr,
+                kv_indptr,
+                kv_indices,
+                last_page_len,
                 num_qo_heads,
                 num_kv_heads,
                 head_dim,
@@ -175,8 +178,6 @@ class MultiLevelCascadeAttentionWrapper:
 
         Between levels the output is kept in q's dtype, as FlashInfer keeps it. Raises what a level's run() raises.
         """
-        if len(self._levels) == 1:
-            return self._levels[0].run(q, paged_kv_cache)
         out, lse = self._levels[-1].run(q, paged_kv_cache, return_lse=True)
         for level in self._levels[:-1]:
             merge_state_in_place(out, lse, *level.run(q, paged_kv_cache, return_lse=True))

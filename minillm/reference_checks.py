@@ -56,6 +56,28 @@ def check_workspace(buffer: torch.Tensor, name: str) -> None:
         )
 
 
+def graph_buffer(buffer: torch.Tensor | None, name: str, mode: str) -> torch.Tensor:
+    """Return a buffer that graph mode cannot do without; ValueError if it was not given."""
+    if not isinstance(buffer, torch.Tensor):
+        raise ValueError(f"{name} should be a torch.Tensor in {mode}")
+    return buffer
+
+
+def refreshed(
+    buffer: torch.Tensor | None, values: torch.Tensor, device: torch.device, non_blocking: bool, exact: bool = True
+) -> torch.Tensor:
+    """Bring plan()'s index values to the device: into graph mode's fixed buffer, or as they are without one.
+
+    A captured graph holds the buffer's address, so its contents must change and the buffer stay. `exact`: the sizes
+    must agree; otherwise the values fill the front of the buffer.
+    """
+    if buffer is None:
+        return values.to(device, non_blocking=non_blocking)
+    target = buffer if exact else buffer[: len(values)]
+    target.copy_(values, non_blocking=non_blocking and (exact or values.device == device))
+    return buffer
+
+
 def check_tensor(
     x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | None, name: str
 ) -> None:

@@ -22,6 +22,8 @@ from minillm.reference_checks import (
     check_planned_dtypes,
     check_tensor,
     check_workspace,
+    graph_buffer,
+    refreshed,
     refuse,
     softmax_scale,
     unpack_paged_cache,
@@ -77,25 +79,24 @@ class BatchDecodeWithPagedKVCacheWrapper:
         check_kv_layout(kv_layout)
         refuse("BatchDecodeWithPagedKVCacheWrapper", jit_args=jit_args)
         self._fixed_batch_size = 0
+        self._paged_kv_indptr_buf: torch.Tensor | None = None
+        self._paged_kv_indices_buf: torch.Tensor | None = None
+        self._paged_kv_last_page_len_buf: torch.Tensor | None = None
         if use_cuda_graph:
-            for name, buffer in (
-                ("paged_kv_indptr_buffer", paged_kv_indptr_buffer),
-                ("paged_kv_indices_buffer", paged_kv_indices_buffer),
-                ("paged_kv_last_page_len_buffer", paged_kv_last_page_len_buffer),
-            ):
-                if not torch.is_tensor(buffer):
-                    raise ValueError(f"{name} should be a torch.Tensor in cudagraph mode")
-            self._fixed_batch_size = len(paged_kv_last_page_len_buffer)
-            if len(paged_kv_indptr_buffer) != self._fixed_batch_size + 1:
+            mode = "cudagraph mode"
+            indptr = graph_buffer(paged_kv_indptr_buffer, "paged_kv_indptr_buffer", mode)
+            indices = graph_buffer(paged_kv_indices_buffer, "paged_kv_indices_buffer", mode)
+            last_page_len = graph_buffer(paged_kv_last_page_len_buffer, "paged_kv_last_page_len_buffer", mode)
+            self._fixed_batch_size = len(last_page_len)
+            if len(indptr) != self._fixed_batch_size + 1:
                 raise ValueError("The size of paged_kv_indptr_buffer should be batch_size + 1")
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr, indices
+            self._paged_kv_last_page_len_buf = last_page_len
         self.device = float_workspace_buffer.device
         self._kv_layout = kv_layout
         self._use_cuda_graph = use_cuda_graph
         self._use_tensor_cores = use_tensor_cores
         self._float_workspace_buffer = float_workspace_buffer
-        self._paged_kv_indptr_buf = paged_kv_indptr_buffer
-        self._paged_kv_indices_buf = paged_kv_indices_buffer
-        self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
         self._gather_buffer = GatherBuffer()
         self._plan: Plan | None = None
         self._batch_size = 0
@@ -193,7 +194,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if data_type is not None:
             q_data_type = data_type if q_data_type is None else q_data_type
             kv_data_type = data_type if kv_data_type is None else kv_data_type
-        q_dtype, kv_dtype, o_dtype = canonical_dtypes(q_data_type, kv_data_type, o_data_type)
+        q_dtype, kv_dtype, o_dtype = canonical_dtypes(q_data_type or "float16", kv_data_type, o_data_type)
         if window_right != 0:
             raise NotImplementedError(
                 "BatchDecodeWithPagedKVCacheWrapper only supports window_right != 0 with backend='cute-dsl'"
@@ -222,7 +223,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                     f"The batch size should be fixed in cudagraph mode, the runtime batch size {batch_size}  "
                     f"mismatches the batch size set during initialization {self._fixed_batch_size}"
                 )
-            if len(indices) > len(self._paged_kv_indices_buf):
+            if self._paged_kv_indices_buf is not None and len(indices) > len(self._paged_kv_indices_buf):
                 raise ValueError("The size of indices should be less than or equal to the allocated buffer")
         if batch_size < 1:
             raise RuntimeError("plan() needs at least one request: last_page_len is empty")
@@ -238,13 +239,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 f"kv_len={kv_lens.min()}: its earlier rows would attend to an empty KV range."
             )
         if self._use_cuda_graph:
-            self._paged_kv_indptr_buf.copy_(indptr, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf.copy_(last_page_len, non_blocking=non_blocking)
-            self._paged_kv_indices_buf[: len(indices)].copy_(indices)
-        else:
-            self._paged_kv_indptr_buf = indptr.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_indices_buf = indices.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf = last_page_len.to(self.device, non_blocking=non_blocking)
+            refreshed(self._paged_kv_indptr_buf, indptr, self.device, non_blocking)
+            refreshed(self._paged_kv_last_page_len_buf, last_page_len, self.device, non_blocking)
+        indices = refreshed(self._paged_kv_indices_buf, indices, self.device, non_blocking, exact=False)
         problem = Problem(
             num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads,
@@ -261,9 +258,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             rope=rope,
         )
         qo_indptr = np.arange(batch_size + 1) * q_len_per_req
-        self._plan = make_plan(
-            problem, qo_indptr, indptr.cpu().numpy(), kv_lens, self._paged_kv_indices_buf, self.device
-        )
+        self._plan = make_plan(problem, qo_indptr, indptr.cpu().numpy(), kv_lens, indices, self.device)
         self._batch_size = batch_size
         self._q_len_per_req = q_len_per_req
 

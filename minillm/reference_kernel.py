@@ -65,13 +65,13 @@ def run_plan(
         if group.blind is not None:
             o.masked_fill_(group.blind[:, None, None], 0.0)
         if whole and type(group.rows) is slice and out is None:
-            if lse is not None:
+            if lse is not None and group_lse is not None:
                 lse.copy_(group_lse.reshape(lse.shape))
             return o.to(problem.o_dtype)
         if out is None:
             out = q.new_empty((plan.num_rows, problem.num_qo_heads, problem.head_dim_vo), dtype=problem.o_dtype)
         store(out, group.rows, o)
-        if lse is not None:
+        if lse is not None and group_lse is not None:
             store(lse, group.rows, group_lse.reshape(-1, problem.num_qo_heads))
     if out is None:
         out = q.new_empty((plan.num_rows, problem.num_qo_heads, problem.head_dim_vo), dtype=problem.o_dtype)

@@ -18,6 +18,8 @@ from minillm.reference_checks import (
     check_heads,
     check_lse_options,
     check_planned_dtypes,
+    graph_buffer,
+    refreshed,
     refuse,
     softmax_scale,
     unpack_paged_cache,
@@ -61,24 +63,26 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             jit_kwargs=jit_kwargs,
             variant_owns_mask=variant_owns_mask,
         )
+        self._qo_indptr_buf: torch.Tensor | None = None
+        self._paged_kv_indptr_buf: torch.Tensor | None = None
+        self._paged_kv_indices_buf: torch.Tensor | None = None
+        self._paged_kv_last_page_len_buf: torch.Tensor | None = None
         if use_cuda_graph:
-            for name, buffer in (
-                ("qo_indptr_buf", qo_indptr_buf),
-                ("paged_kv_indptr_buf", paged_kv_indptr_buf),
-                ("paged_kv_indices_buf", paged_kv_indices_buf),
-                ("paged_kv_last_page_len_buf", paged_kv_last_page_len_buf),
-            ):
-                if not torch.is_tensor(buffer):
-                    raise ValueError(f"{name} should be a torch.Tensor in CUDA graph mode")
+            mode = "CUDA graph mode"
+            qo_indptr_buf = graph_buffer(qo_indptr_buf, "qo_indptr_buf", mode)
+            paged_kv_indptr_buf = graph_buffer(paged_kv_indptr_buf, "paged_kv_indptr_buf", mode)
+            paged_kv_indices_buf = graph_buffer(paged_kv_indices_buf, "paged_kv_indices_buf", mode)
+            paged_kv_last_page_len_buf = graph_buffer(paged_kv_last_page_len_buf, "paged_kv_last_page_len_buf", mode)
             self._fixed_batch_size = len(qo_indptr_buf) - 1
             if len(paged_kv_indptr_buf) != self._fixed_batch_size + 1:
                 raise ValueError("The length of paged_kv_indptr_buf should be batch_size + 1.")
             if len(paged_kv_last_page_len_buf) != self._fixed_batch_size:
                 raise ValueError("The length of paged_kv_last_page_len_buf should be batch_size.")
-        self._qo_indptr_buf = qo_indptr_buf
-        self._paged_kv_indptr_buf = paged_kv_indptr_buf
-        self._paged_kv_indices_buf = paged_kv_indices_buf
-        self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buf
+            # Held for good; without graph mode the buffers are FlashInfer's to ignore.
+            self._qo_indptr_buf = qo_indptr_buf
+            self._paged_kv_indptr_buf = paged_kv_indptr_buf
+            self._paged_kv_indices_buf = paged_kv_indices_buf
+            self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buf
         self._custom_mask_buf = custom_mask_buf
         self._mask_indptr_buf = mask_indptr_buf
 
@@ -153,17 +157,12 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             self._check_graph_sizes(
                 int(qo_host[-1]), batch_size, "during the lifecycle of the wrapper in cuda graph mode"
             )
-            if len(paged_kv_indices) > len(self._paged_kv_indices_buf):
+            if self._paged_kv_indices_buf is not None and len(paged_kv_indices) > len(self._paged_kv_indices_buf):
                 raise ValueError("The length of paged_kv_indices exceeds the allocated buffer size.")
-            self._qo_indptr_buf.copy_(qo_indptr, non_blocking=non_blocking)
-            self._paged_kv_indptr_buf.copy_(paged_kv_indptr, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf.copy_(paged_kv_last_page_len, non_blocking=non_blocking)
-            self._paged_kv_indices_buf[: len(paged_kv_indices)].copy_(paged_kv_indices)
-        else:
-            self._qo_indptr_buf = qo_indptr.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_indptr_buf = paged_kv_indptr.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_indices_buf = paged_kv_indices.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf = paged_kv_last_page_len.to(self.device, non_blocking=non_blocking)
+            refreshed(self._qo_indptr_buf, qo_indptr, self.device, non_blocking)
+            refreshed(self._paged_kv_indptr_buf, paged_kv_indptr, self.device, non_blocking)
+            refreshed(self._paged_kv_last_page_len_buf, paged_kv_last_page_len, self.device, non_blocking)
+        indices = refreshed(self._paged_kv_indices_buf, paged_kv_indices, self.device, non_blocking, exact=False)
         mask = self._custom_mask(custom_mask, packed_custom_mask, np.diff(qo_host), kv_lens)
         problem = Problem(
             num_qo_heads=num_qo_heads,
@@ -180,7 +179,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             logits_soft_cap=logits_soft_cap or 0.0,
             rope=rope,
         )
-        self._plan = make_plan(problem, qo_host, kv_host, kv_lens, self._paged_kv_indices_buf, self.device, mask)
+        self._plan = make_plan(problem, qo_host, kv_host, kv_lens, indices, self.device, mask)
 
     begin_forward = plan
 

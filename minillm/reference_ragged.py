@@ -20,6 +20,8 @@ from minillm.reference_checks import (
     check_kv_layout,
     check_lse_options,
     check_planned_dtypes,
+    graph_buffer,
+    refreshed,
     refuse,
     softmax_scale,
 )
@@ -65,9 +67,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             variant_owns_mask=variant_owns_mask,
         )
         if use_cuda_graph:
-            for name, buffer in (("qo_indptr_buf", qo_indptr_buf), ("kv_indptr_buf", kv_indptr_buf)):
-                if not torch.is_tensor(buffer):
-                    raise ValueError(f"{name} should be a torch.Tensor in cuda graph mode")
+            qo_indptr_buf = graph_buffer(qo_indptr_buf, "qo_indptr_buf", "cuda graph mode")
+            kv_indptr_buf = graph_buffer(kv_indptr_buf, "kv_indptr_buf", "cuda graph mode")
             self._fixed_batch_size = len(qo_indptr_buf) - 1
             if len(kv_indptr_buf) != self._fixed_batch_size + 1:
                 raise ValueError(
@@ -143,11 +144,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         qo_host, kv_host = qo_indptr.cpu().numpy(), kv_indptr.cpu().numpy()
         if self._use_cuda_graph:
             self._check_graph_sizes(int(qo_host[-1]), batch_size, "in cudagraph mode")
-            self._qo_indptr_buf.copy_(qo_indptr, non_blocking=non_blocking)
-            self._kv_indptr_buf.copy_(kv_indptr, non_blocking=non_blocking)
-        else:
-            self._qo_indptr_buf = qo_indptr.to(self.device, non_blocking=non_blocking)
-            self._kv_indptr_buf = kv_indptr.to(self.device, non_blocking=non_blocking)
+            refreshed(self._qo_indptr_buf, qo_indptr, self.device, non_blocking)
+            refreshed(self._kv_indptr_buf, kv_indptr, self.device, non_blocking)
         kv_lens = np.diff(kv_host)
         mask = self._custom_mask(custom_mask, packed_custom_mask, np.diff(qo_host), kv_lens)
         problem = Problem(
@@ -331,8 +329,7 @@ def single_decode_with_kv_cache(
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    if not return_lse:
+    if isinstance(result, torch.Tensor):
         return result.squeeze(0)
-    out, lse = result
-    lse = lse.squeeze(0)
-    return out.squeeze(0), lse.squeeze(0) if use_tensor_cores else lse
+    out, lse = result[0].squeeze(0), result[1].squeeze(0)
+    return out, lse.squeeze(0) if use_tensor_cores else lse

@@ -69,7 +69,7 @@ def sampling_from_logits(
     """
     if check_nan and torch.any(torch.isnan(logits)):
         raise ValueError("Input logits contains NaN.")
-    return _draw(softmax(logits), indices, generator, seed, offset, False)
+    return _draw(softmax(logits), indices, generator, seed, offset)[0]
 
 
 def sampling_from_probs(
@@ -91,7 +91,8 @@ def sampling_from_probs(
     Source: https://docs.flashinfer.ai/api/sampling.html.
     """
     _check_nan(probs, check_nan)
-    return _draw(probs.float(), indices, generator, seed, offset, return_valid)
+    drawn = _draw(probs.float(), indices, generator, seed, offset)
+    return drawn if return_valid else drawn[0]
 
 
 def min_p_sampling_from_probs(
@@ -113,7 +114,8 @@ def min_p_sampling_from_probs(
     _check_nan(probs, check_nan)
     probs = probs.float()
     floor = probs.amax(-1, keepdim=True) * _per_row(min_p, probs)
-    return _draw(probs * (probs >= floor), indices, generator, seed, offset, return_valid)
+    drawn = _draw(probs * (probs >= floor), indices, generator, seed, offset)
+    return drawn if return_valid else drawn[0]
 
 
 def top_k_top_p_sampling_from_probs(
@@ -139,7 +141,8 @@ def top_k_top_p_sampling_from_probs(
     _check_nan(probs, check_nan)
     probs = probs.float()
     kept = _filtered(probs, top_k, top_p, filter_apply_order)
-    return _draw(kept, indices, generator, seed, offset, return_valid)
+    drawn = _draw(kept, indices, generator, seed, offset)
+    return drawn if return_valid else drawn[0]
 
 
 def top_k_top_p_sampling_from_logits(
@@ -159,7 +162,7 @@ def top_k_top_p_sampling_from_logits(
     probs = softmax(logits)
     _check_nan(probs, check_nan)
     kept = _filtered(probs, top_k, top_p, filter_apply_order)
-    return _draw(kept, indices, generator, seed, offset, False)
+    return _draw(kept, indices, generator, seed, offset)[0]
 
 
 def _check_order(filter_apply_order: str) -> None:
@@ -219,8 +222,7 @@ def _draw(
     generator: torch.Generator | None,
     seed: int | torch.Tensor | None,
     offset: int | torch.Tensor | None,
-    return_valid: bool,
-) -> Samples:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Invert the cumulative distribution of each row (which need not sum to 1) at one uniform number."""
     if indices is not None:
         probs = probs.index_select(0, indices)
@@ -236,7 +238,7 @@ def _draw(
     samples = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     valid = (total > 0).squeeze(1)
     samples = (samples * valid).to(torch.int32 if indices is None else indices.dtype)
-    return (samples, valid) if return_valid else samples
+    return samples, valid
 
 
 def _seeded_uniform(

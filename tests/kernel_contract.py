@@ -109,13 +109,13 @@ class Batch:
 
     def plan_options(self):
         case = self.case
-        return dict(
-            window_left=case.window_left,
-            logits_soft_cap=case.soft_cap,
-            sm_scale=case.sm_scale,
-            q_data_type=self.dtype,
-            kv_data_type=self.dtype,
-        )
+        return {
+            "window_left": case.window_left,
+            "logits_soft_cap": case.soft_cap,
+            "sm_scale": case.sm_scale,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.dtype,
+        }
 
     def heads(self):
         return self.case.num_qo_heads, self.case.num_kv_heads, self.case.head_dim

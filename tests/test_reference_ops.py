@@ -24,16 +24,16 @@ def test_append(module, device, dtype, layout, page_size, as_tuple):
 def append_one(page=0, **changes):
     """Append one token at position 1 of a request whose pages are [2, page]."""
     cache = torch.zeros(3, 2, 4, 1, 16)
-    arguments = dict(
-        append_key=torch.ones(1, 1, 16),
-        append_value=torch.ones(1, 1, 16),
-        batch_indices=torch.tensor([0]).int(),
-        positions=torch.tensor([5]).int(),
-        paged_kv_cache=cache,
-        kv_indices=torch.tensor([2, page]).int(),
-        kv_indptr=torch.tensor([0, 2]).int(),
-        kv_last_page_len=torch.tensor([2]).int(),
-    )
+    arguments = {
+        "append_key": torch.ones(1, 1, 16),
+        "append_value": torch.ones(1, 1, 16),
+        "batch_indices": torch.tensor([0]).int(),
+        "positions": torch.tensor([5]).int(),
+        "paged_kv_cache": cache,
+        "kv_indices": torch.tensor([2, page]).int(),
+        "kv_indptr": torch.tensor([0, 2]).int(),
+        "kv_last_page_len": torch.tensor([2]).int(),
+    }
     reference.append_paged_kv_cache(**(arguments | changes))
     return cache
 
@@ -41,11 +41,11 @@ def append_one(page=0, **changes):
 def test_append_refuses_what_it_cannot_place():
     assert float(append_one()[0, :, 1].sum()) == 32
     for error, changes in (
-        (IndexError, dict(page=3)),
-        (IndexError, dict(positions=torch.tensor([8]).int())),
-        (KeyError, dict(kv_layout="DHN")),
-        (KeyError, dict(paged_kv_cache=[torch.zeros(3, 4, 1, 16)] * 2)),
-        (RuntimeError, dict(append_key=torch.ones(1, 1, 16).bfloat16())),
+        (IndexError, {"page": 3}),
+        (IndexError, {"positions": torch.tensor([8]).int()}),
+        (KeyError, {"kv_layout": "DHN"}),
+        (KeyError, {"paged_kv_cache": [torch.zeros(3, 4, 1, 16)] * 2}),
+        (RuntimeError, {"append_key": torch.ones(1, 1, 16).bfloat16()}),
     ):
         with pytest.raises(error):
             append_one(**changes)
@@ -218,7 +218,7 @@ def test_rope_by_position(module, device, dtype, interleave, rotary_dim, scale, 
     q, k = packed[:, :4], packed[:, 4:]
     positions = [0, 7, 131, 3]
     ids = torch.tensor(positions, dtype=torch.int32, device=device)
-    options = dict(rotary_dim=rotary_dim, interleave=interleave, rope_scale=scale, rope_theta=theta)
+    options = {"rotary_dim": rotary_dim, "interleave": interleave, "rope_scale": scale, "rope_theta": theta}
     expected = [rotated(x, positions, rotary_dim or 64, interleave, scale, theta) for x in (q, k)]
     for result, exact in zip(kernels.apply_rope_pos_ids(q, k, ids, **options), expected, strict=True):
         assert result.dtype == dtype

@@ -113,10 +113,10 @@ def test_a_seed_fixes_the_draw_and_rows_differ():
     assert torch.equal(first, reference.sampling_from_probs(probs, seed=5, offset=0))
     assert len(set(first.tolist())) > 50
     for changed in (
-        dict(seed=6, offset=0),
-        dict(seed=5, offset=4),
-        dict(seed=-1, offset=0),
-        dict(seed=2**64 - 1, offset=1),
+        {"seed": 6, "offset": 0},
+        {"seed": 5, "offset": 4},
+        {"seed": -1, "offset": 0},
+        {"seed": 2**64 - 1, "offset": 1},
     ):
         assert not torch.equal(first, reference.sampling_from_probs(probs, **changed))
     one = torch.tensor([5]), torch.tensor([0])
@@ -167,7 +167,7 @@ def test_parameter_tensors_of_another_shape_are_refused(name):
     def sample(value):
         if name == "min_p":
             return reference.min_p_sampling_from_probs(probs, value)
-        return FROM_PROBS(probs, **(dict(top_k=2, top_p=0.9) | {name: value}))
+        return FROM_PROBS(probs, **({"top_k": 2, "top_p": 0.9} | {name: value}))
 
     for value, match in (
         (torch.tensor(1), r"Expected a 1D tensor of shape \(batch_size,\) or scalar"),
@@ -195,12 +195,12 @@ def test_other_errors():
 
 def test_softmax():
     logits = torch.tensor([[1.0, 2.0, 4.0], [0.5, 0.5, -torch.inf]])
-    for given in (logits, logits.half()):
-        assert reference.softmax(given).dtype == torch.float32
-        torch.testing.assert_close(reference.softmax(given), logits.softmax(-1))
-        torch.testing.assert_close(reference.softmax(given, 0.5), (logits * 2).softmax(-1))
+    for x in (logits, logits.half()):
+        assert reference.softmax(x).dtype == torch.float32
+        torch.testing.assert_close(reference.softmax(x), logits.softmax(-1))
+        torch.testing.assert_close(reference.softmax(x, 0.5), (logits * 2).softmax(-1))
         torch.testing.assert_close(
-            reference.softmax(given, torch.tensor([0.5, 2.0])), (logits * torch.tensor([[2.0], [0.5]])).softmax(-1)
+            reference.softmax(x, torch.tensor([0.5, 2.0])), (logits * torch.tensor([[2.0], [0.5]])).softmax(-1)
         )
     assert reference.softmax(logits[:1], 0).tolist() == reference.softmax(logits[:1] * 0).tolist()
     for temperature, error, match in (

@@ -57,7 +57,8 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: Sequence[t
     """Add a group of options that have no default of their own."""
     group = parser.add_argument_group(title)
     for name, kind, text in options:
-        flag, settings = "--" + name.replace("_", "-"), {"help": text, "default": argparse.SUPPRESS}
+        flag = "--" + name.replace("_", "-")
+        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(kind, tuple):
             group.add_argument(flag, choices=kind, **settings)
         else:

@@ -152,14 +152,19 @@ def tell_stories(
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(num_stories)]
         ids = []
         for index, prompt in enumerate(prompts):
-            fields = {"max_tokens": MAX_TOKENS[index % len(MAX_TOKENS)], "temperature": 0.7, "top_k": 40, "seed": index}
+            fields: dict[str, Any] = {
+                "max_tokens": MAX_TOKENS[index % len(MAX_TOKENS)],
+                "temperature": 0.7,
+                "top_k": 40,
+                "seed": index,
+            }
             if "seed" in sampling:
                 fields["seed"] = sampling["seed"] + index
             fields.update((name, value) for name, value in sampling.items() if name != "seed")
             ids.append(engine.add_request(prompt, SamplingParams(**fields)))
             letters[ids[-1]] = string.ascii_uppercase[index]
-        print(paint.dim("decode: one token each.  prefill: so many tokens of the prompt.  pages: one character a"))
-        print(paint.dim("page, the story's letter, * shared by several, + cached for who begins alike, . free.\n"))
+        print(paint.dim("decode: one token each; prefill: so many tokens of the prompt; pages: one"))
+        print(paint.dim("letter a page, * shared by several stories, + cached for who begins alike.\n"))
         print(paint.bold(table.header()))
         done: dict[str, RequestOutput] = {}
         while engine.has_unfinished():

@@ -10,6 +10,7 @@ import string
 import sys
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from minillm import LLM, SamplingParams
@@ -51,12 +52,13 @@ class Paint:
         """Each request's letter in the request's colour, what belongs to nobody dim."""
         if not self.is_on:
             return text
-        out = []
-        for character in text:
-            index = string.ascii_uppercase.find(character)
-            color = f"38;5;{COLORS[index % len(COLORS)]}" if index >= 0 else "1" if character == "*" else "2"
-            out.append(f"\033[{color}m{character}\033[0m")
-        return "".join(out)
+        return "".join(f"\033[{style}m{''.join(run)}\033[0m" for style, run in groupby(text, key=_style))
+
+
+def _style(character: str) -> str:
+    """How a terminal shows one character of a map: an SGR code."""
+    index = string.ascii_uppercase.find(character)
+    return f"38;5;{COLORS[index % len(COLORS)]}" if index >= 0 else "1" if character == "*" else "2"
 
 
 class Table:

@@ -29,8 +29,7 @@ from minillm.reference_checks import (
     unpack_paged_cache,
 )
 from minillm.reference_kernel import GatherBuffer, run_plan
-from minillm.reference_ops import get_seq_lens
-from minillm.reference_plan import Plan, Problem, make_plan
+from minillm.reference_plan import Plan, Problem, kv_lengths, make_plan
 
 # plan()'s options in the order in which releases before 0.7 took them positionally.
 LEGACY_PLAN_ORDER = (
@@ -229,9 +228,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise RuntimeError("plan() needs at least one request: last_page_len is empty")
         if fixed_split_size is not None and not self._use_tensor_cores:
             raise ValueError("fixed_split_size is only supported by tensor core decode for now.")
+        kv_indptr = indptr.cpu().numpy()
         if seq_lens is None:
-            seq_lens = get_seq_lens(indptr.cpu(), last_page_len.cpu(), page_size)
-        kv_lens = seq_lens.cpu().numpy()
+            kv_lens = kv_lengths(kv_indptr, last_page_len.cpu().numpy(), page_size)
+        else:
+            kv_lens = seq_lens.cpu().numpy()
         if q_len_per_req > 1 and kv_lens.min() < q_len_per_req:
             raise ValueError(
                 f"q_len_per_req={q_len_per_req} requires kv_len >= q_len_per_req for every request (the verified "
@@ -258,7 +259,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             rope=rope,
         )
         qo_indptr = np.arange(batch_size + 1) * q_len_per_req
-        self._plan = make_plan(problem, qo_indptr, indptr.cpu().numpy(), kv_lens, indices, self.device)
+        self._plan = make_plan(problem, qo_indptr, kv_indptr, kv_lens, indices, self.device)
         self._batch_size = batch_size
         self._q_len_per_req = q_len_per_req
 
@@ -300,7 +301,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         problem = plan.problem
         check_planned_dtypes(q, k, problem.q_dtype, problem.kv_dtype)
         self._check_rows(q, q_len_per_req)
-        assert window_left is None or window_left == problem.window_left, "window_left must be what plan() was told"
+        if window_left is not None and window_left != problem.window_left:
+            raise AssertionError("window_left must be what plan() was told")
         if out is not None:
             check_tensor(out, q.shape, problem.o_dtype, q.device, "out")
         if not return_lse:

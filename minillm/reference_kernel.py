@@ -120,38 +120,39 @@ def _select(
     shape: tuple[int, ...],
 ) -> torch.Tensor:
     """Gather rows of `cache`: `[pages, 2, ...]` (K and V) or `[pages, ...]` (one of them)."""
-    cache = cache.detach()
-    head_dim = shape[-1]
-    stride = cache.stride()
-    if stride[-1] != 1 or any(s % head_dim for s in stride[:-1]):
-        cache = cache.contiguous()  # rows that do not start at a multiple of their length cannot be numbered
-        stride = cache.stride()
-    key = (*stride, head_dim)
-    table = group.row_tables.get(key)
-    if table is None:
-        table = group.row_tables[key] = _row_table(group, cache, kv_layout, problem, head_dim)
-    num_rows = 1 + sum((size - 1) * s for size, s in zip(cache.shape[:-1], stride[:-1], strict=True)) // head_dim
-    rows = cache.as_strided((num_rows, head_dim), (head_dim, 1))
+    key = (cache.shape, cache.stride())
+    known = group.row_tables.get(key)
+    if known is None:
+        steps = zip(cache.shape[:-1], cache.stride()[:-1], strict=True)
+        if cache.stride(-1) != 1 or any(size > 1 and step % shape[-1] for size, step in steps):
+            # Rows that do not start at a multiple of their length cannot be numbered.
+            return _select(group, cache.contiguous(), kv_layout, problem, buffer, shape)
+        known = group.row_tables[key] = _row_table(group, cache, kv_layout, problem, shape[-1])
+    table, num_rows = known
+    rows = cache.detach().as_strided((num_rows, shape[-1]), (shape[-1], 1))
     if buffer is None:
         return rows.index_select(0, table).view(shape)
-    target = buffer.take((table.numel(), head_dim), cache.dtype, cache.device)
+    target = buffer.take((table.numel(), shape[-1]), cache.dtype, cache.device)
     return torch.index_select(rows, 0, table, out=target).view(shape)
 
 
-def _row_table(group: Group, cache: torch.Tensor, kv_layout: str, problem: Problem, head_dim: int) -> torch.Tensor:
-    """Number the rows of a cache of these strides that a group reads; every layer of a pool has the same strides."""
+def _row_table(
+    group: Group, cache: torch.Tensor, kv_layout: str, problem: Problem, head_dim: int
+) -> tuple[torch.Tensor, int]:
+    """Number the rows of a cache that a group reads, and count all; every layer of a pool has the same strides."""
     heads_axis, slot_axis = (-2, -3) if kv_layout == "NHD" else (-3, -2)
     found = (cache.shape[heads_axis], cache.shape[slot_axis], cache.shape[-1])
     planned = (problem.num_kv_heads, problem.page_size, head_dim)
     if found != planned:
         raise ValueError(f"the cache has (num_kv_heads, page_size, head_dim) {found}, but plan() was told {planned}")
-    page_step, slot_step, head_step = (cache.stride(axis) // head_dim for axis in (0, slot_axis, heads_axis))
-    token = group.page_ids * page_step + group.slots * slot_step
-    heads = torch.arange(problem.num_kv_heads, device=token.device) * head_step
-    table = token[:, None, :] + heads[:, None]
-    if cache.ndim == 5:
-        table = torch.stack((table, table + cache.stride(1) // head_dim))
-    return table.reshape(-1)
+    steps = [step // head_dim for step in cache.stride()[:-1]]
+    num_rows = 1 + sum((size - 1) * step for size, step in zip(cache.shape[:-1], steps, strict=True))
+    page_step, slot_step, head_step = steps[0], steps[slot_axis + 1], steps[heads_axis + 1]
+    parts = (0, steps[1]) if cache.ndim == 5 else (0,)  # K, then V
+    starts = [[part + head * head_step for head in range(problem.num_kv_heads)] for part in parts]
+    offsets = torch.tensor(starts, device=cache.device)[:, None, :, None]
+    token = torch.add(group.page_ids * page_step, group.slots, alpha=slot_step)
+    return (token[:, None, :] + offsets).view(-1), num_rows
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

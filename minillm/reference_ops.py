@@ -141,9 +141,9 @@ def silu_and_mul(input: torch.Tensor, out: torch.Tensor | None = None, enable_pd
     if input.shape[-1] % 2:
         raise ValueError("The last dimension must be even (2 * hidden_size).")
     if out is not None:
-        assert input.ndim == out.ndim, f"{input.ndim} != {out.ndim}"
-        assert input.shape[:-1] == out.shape[:-1], f"{input.shape[:-1]} != {out.shape[:-1]}"
-        assert input.shape[-1] == 2 * out.shape[-1], f"{input.shape[-1]} != {2 * out.shape[-1]}"
+        expected = (*input.shape[:-1], input.shape[-1] // 2)
+        if out.shape != expected:
+            raise AssertionError(f"{tuple(out.shape)} != {expected}")
     gate, up = input.chunk(2, dim=-1)
     if input.dtype == torch.float32:
         result = F.silu(gate).mul_(up)
@@ -240,22 +240,29 @@ def _looked_up(positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> tuple[to
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
     """The rotated part of `x` `[nnz, heads, dim]`, float32 `[nnz, heads, rotary_dim]`."""
     half = cos.shape[-1]
-    x = x[..., : 2 * half].float()
-    pair = -1 if interleave else -2
-    pairs = x.unflatten(-1, (half, 2) if interleave else (2, half))
+    if x.shape[-1] != 2 * half:
+        x = x[..., : 2 * half]
+    if x.dtype != torch.float32:
+        x = x.float()
+    nnz, heads, dim = x.shape
+    pair = 3 if interleave else 2
+    pairs = x.view(nnz, heads, half, 2) if interleave else x.view(nnz, heads, 2, half)
     turned = pairs * cos.unsqueeze(pair)
     a, b = pairs.unbind(pair)
-    turned.select(pair, 0).addcmul_(b, sin, value=-1)
-    turned.select(pair, 1).addcmul_(a, sin)
-    return turned.flatten(-2)
+    turned_a, turned_b = turned.unbind(pair)
+    turned_a.addcmul_(b, sin, value=-1)
+    turned_b.addcmul_(a, sin)
+    return turned.view(nnz, heads, dim)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
-    turned = _turned(x, cos, sin, interleave).to(x.dtype)
+    turned = _turned(x, cos, sin, interleave)
+    if x.dtype != torch.float32:
+        turned = turned.to(x.dtype)
     rotary_dim = turned.shape[-1]
     return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)
 
 
 def _rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> None:
     turned = _turned(x, cos, sin, interleave)
-    x[..., : turned.shape[-1]].copy_(turned)
+    (x if x.shape == turned.shape else x[..., : turned.shape[-1]]).copy_(turned)

@@ -58,7 +58,9 @@ class Group:
     is_square_causal: bool
     blind: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
-    row_tables: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
+    row_tables: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[torch.Tensor, int]] = field(
+        default_factory=dict, repr=False
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class CustomMask:
     offsets: np.ndarray
 
 
+def kv_lengths(kv_indptr: np.ndarray, kv_last_page_len: np.ndarray, page_size: int) -> np.ndarray:
+    """Tokens of each request: all its pages full but the last; 0 without pages, when the last page holds 0."""
+    return np.maximum(kv_indptr[1:] - kv_indptr[:-1] - 1, 0) * page_size + kv_last_page_len
+
+
 def make_plan(
     problem: Problem,
     qo_indptr: np.ndarray,
@@ -93,7 +100,7 @@ def make_plan(
     `qo_indptr`, `kv_indptr` `[batch + 1]` and `kv_lens` `[batch]` are host arrays; `kv_indices` (int32) is on `device`,
     or None when token j of request i simply is row `kv_indptr[i] + j` (ragged K/V).
     """
-    qo_lens = np.diff(qo_indptr)
+    qo_lens = qo_indptr[1:] - qo_indptr[:-1]
     # Tokens to the left of every query's window are never gathered.
     first = np.zeros_like(kv_lens)
     if problem.window_left >= 0:
@@ -109,7 +116,7 @@ def make_plan(
         else:
             page_numbers, slot_array = np.divmod(positions, problem.page_size)
             page_numbers += kv_indptr[members, None]
-            page_ids = kv_indices[torch.from_numpy(page_numbers).to(device)].to(torch.int64)
+            page_ids = kv_indices.take(torch.from_numpy(page_numbers).to(device)).to(torch.int64)
             slots = torch.from_numpy(slot_array).to(device)
         lens = kv_lens[members]
         bias, blind, is_square_causal = _visibility(
@@ -139,6 +146,10 @@ def make_plan(
 
 def _grouped(problem: Problem, qo_lens: np.ndarray, kv_lens: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the request numbers of each group, ascending; requests with nothing to compute are in none."""
+    if len(qo_lens) == 1:
+        if qo_lens[0] and kv_lens[0]:
+            yield np.zeros(1, dtype=np.int64)
+        return
     order = np.lexsort((-kv_lens, qo_lens))
     order = order[(qo_lens[order] > 0) & (kv_lens[order] > 0)]
     token_bytes = problem.num_kv_heads * (problem.head_dim_qk + problem.head_dim_vo) * problem.kv_dtype.itemsize

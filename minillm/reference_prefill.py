@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 
 from minillm.reference_batch import BatchPrefill, Scale, rope_parameters
@@ -24,8 +23,7 @@ from minillm.reference_checks import (
     softmax_scale,
     unpack_paged_cache,
 )
-from minillm.reference_ops import get_seq_lens
-from minillm.reference_plan import Problem, make_plan
+from minillm.reference_plan import Problem, kv_lengths, make_plan
 
 
 class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
@@ -151,8 +149,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             raise RuntimeError("plan() needs at least one request: qo_indptr has no entry but its first")
         qo_host, kv_host = qo_indptr.cpu().numpy(), paged_kv_indptr.cpu().numpy()
         if seq_lens is None:
-            seq_lens = get_seq_lens(paged_kv_indptr.cpu(), paged_kv_last_page_len.cpu(), page_size)
-        kv_lens = seq_lens.cpu().flatten().numpy()
+            kv_lens = kv_lengths(kv_host, paged_kv_last_page_len.cpu().numpy(), page_size)
+        else:
+            kv_lens = seq_lens.cpu().flatten().numpy()
         if self._use_cuda_graph:
             self._check_graph_sizes(
                 int(qo_host[-1]), batch_size, "during the lifecycle of the wrapper in cuda graph mode"
@@ -163,7 +162,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             refreshed(self._paged_kv_indptr_buf, paged_kv_indptr, self.device, non_blocking)
             refreshed(self._paged_kv_last_page_len_buf, paged_kv_last_page_len, self.device, non_blocking)
         indices = refreshed(self._paged_kv_indices_buf, paged_kv_indices, self.device, non_blocking, exact=False)
-        mask = self._custom_mask(custom_mask, packed_custom_mask, np.diff(qo_host), kv_lens)
+        mask = self._custom_mask(custom_mask, packed_custom_mask, qo_host[1:] - qo_host[:-1], kv_lens)
         problem = Problem(
             num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads,
@@ -235,7 +234,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 f"The dtype of out {out.dtype} does not match the o_data_type {problem.o_dtype} "
                 "specified in plan function."
             )
-        assert window_left is None or window_left == problem.window_left, "window_left must be what plan() was told"
+        if window_left is not None and window_left != problem.window_left:
+            raise AssertionError("window_left must be what plan() was told")
         scale = softmax_scale(problem.sm_scale, q.size(-1), q_scale, k_scale)
         whole = isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.ndim == 5
         kv = paged_kv_cache if whole else (k, v)

@@ -125,6 +125,14 @@ def test_a_cache_that_is_a_strided_view_is_read_where_it_lies():
     padded[..., :64] = batch.cache
     for view in (layers[1], batch.cache.unbind(1), padded[..., :64], padded[..., :64].unbind(1)):
         assert torch.equal(wrapper.run(batch.q, view), expected)
+    # A dimension of one element may have any stride.
+    one = Batch(Case((1,), (3,), 1, 1, page_size=4))
+    one.plan_prefill(wrapper)
+    page = one.cache[int(one.kv_indices[0])]
+    one.kv_indices.zero_()
+    one.plan_prefill(wrapper)
+    odd = page.unsqueeze(0).as_strided((1, *page.shape), (3, *page.stride()), page.storage_offset())
+    assert_close(wrapper.run(one.q, odd), one.expected()[0], torch.float32)
 
 
 def test_a_page_size_of_one_may_drop_the_page_axis():

@@ -42,10 +42,8 @@ def good(x: int) -> int:
 
 
 def verdict(attempt, capsys: pytest.CaptureFixture) -> str:
-    passed = double(attempt)
-    printed = capsys.readouterr().out
-    assert passed == printed.startswith("✓")
-    return printed
+    assert double(attempt) is None  # a cell that ends with a checker shows its verdict, nothing else
+    return capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +83,7 @@ def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         double(None)
     with pytest.raises(WrongAnswerError, match=r"double\(2\)"):
         double(lambda x: x + 1)
-    assert double(good)
+    double(good)
 
 
 def test_a_checker_that_compares_nothing_is_a_mistake() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import notebook_tools as rules
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -81,6 +82,30 @@ def test_nbval_collects_every_cell_of_every_notebook() -> None:
     collected = Counter(line.split("::")[0] for line in done.stdout.splitlines() if "::Cell " in line)
     expected = {path.relative_to(root).as_posix(): len(rules.code_cells(rules.read(path))) for path in PATHS}
     assert dict(collected) == expected, done.stdout + done.stderr
+
+
+def test_nbval_compares_every_output(tmp_path: Path) -> None:
+    one = new_output("stream", name="stdout", text="1\n")
+    cells = [
+        code("print(1)", 1, outputs=(one,)),
+        code("print(2)", 2, outputs=(one,)),
+        code("print(3)", 3),
+        code("4", 4),
+    ]
+    kernel = {"name": "python3", "display_name": "", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "wrong.ipynb")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 passed" in done.stdout and "3 failed" in done.stdout, done.stdout + done.stderr
 
 
 # The checks themselves: a small notebook that breaks each rule once.

@@ -71,17 +71,16 @@ def raises(what: str, error: type[BaseException], function: Callable[..., Any], 
     return Comparison(what, f"expected {error.__name__}, but it returned {_shown(got)}")
 
 
-def exercise(title: str) -> Callable[[Callable[[Any], Iterator[Comparison]]], Callable[..., bool]]:
-    """Make a checker of a generator of comparisons: `checker(attempt)` prints a verdict and returns whether all is
-    well.
+def exercise(title: str) -> Callable[[Callable[[Any], Iterator[Comparison]]], Callable[..., None]]:
+    """Make a checker of a generator of comparisons: `checker(attempt)` prints a verdict.
 
     Raises:
         WrongAnswerError, NotAttemptedError: with `MINILLM_STRICT=1`, instead of printing.
     """
 
-    def decorate(comparisons: Callable[[Any], Iterator[Comparison]]) -> Callable[..., bool]:
+    def decorate(comparisons: Callable[[Any], Iterator[Comparison]]) -> Callable[..., None]:
         @functools.wraps(comparisons)
-        def checker(attempt: Any = None) -> bool:
+        def checker(attempt: Any = None) -> None:
             try:
                 num_passed, problem = _run(comparisons, attempt)
             except NotImplementedError:
@@ -89,17 +88,15 @@ def exercise(title: str) -> Callable[[Callable[[Any], Iterator[Comparison]]], Ca
                 if _is_strict():
                     raise NotAttemptedError(message) from None
                 print(message)
-                return False
+                return
             if problem:
                 message = f"✗ {title}: {problem}"
                 if _is_strict():
                     raise WrongAnswerError(message)
                 print(message)
-                return False
+                return
             print(f"✓ {title}: {num_passed} check{'s' if num_passed != 1 else ''} passed.")
-            return True
 
-        checker.__name__ = comparisons.__name__
         return checker
 
     return decorate

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 
-def checkers_of(chapter: str) -> dict[str, Callable[..., bool]]:
+def checkers_of(chapter: str) -> dict[str, Callable[..., None]]:
     """The checkers of one chapter ("01"), by name; empty when it has none."""
     if not (Path(__file__).parent / f"checks_{chapter}.py").exists():
         return {}
@@ -21,7 +21,7 @@ def checkers_of(chapter: str) -> dict[str, Callable[..., bool]]:
     return {name: value for name, value in vars(module).items() if name.startswith(f"ex{chapter}_")}
 
 
-def __getattr__(name: str) -> Callable[..., bool]:
+def __getattr__(name: str) -> Callable[..., None]:
     chapter = re.match(r"ex(\w\w)_", name)
     known = checkers_of(chapter[1]) if chapter else {}
     if name not in known:

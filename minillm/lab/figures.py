@@ -146,6 +146,9 @@ def cost_per_token(
                 color=color,
                 weight="bold",
             )
+        (slow, *_), (fast, *_) = ((values[-1], name) for name, values in series.items())
+        axes.annotate("", (lengths[-1], fast), (lengths[-1], slow), arrowprops={"arrowstyle": "<->", "color": GREY})
+        draw_text(axes, lengths[-1] * 0.93, (slow * fast) ** 0.5, f"× {slow / fast:.0f}", ha="right", fontsize=10)
         axes.set(title=title, xlabel="tokens so far", ylabel=f"{unit} for one more token", yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])

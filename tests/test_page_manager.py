@@ -206,6 +206,14 @@ def test_only_committed_tokens_are_found():
     assert manager.allocate("e", [*tokens, 12]) == 12
 
 
+def test_the_chain_goes_on_behind_a_hit():
+    manager = PageManager(16, 4)
+    serve(manager, "a", list(range(5)))
+    assert serve(manager, "b", list(range(12))) == 4
+    assert manager.allocate("c", list(range(13))) == 12
+    assert manager.allocate("d", [*range(4, 12), 12]) == 0  # what follows the prefix is not a prefix
+
+
 def test_generated_tokens_are_cached_too():
     manager = PageManager(16, 4)
     tokens = [1, 2, 3]
@@ -616,6 +624,12 @@ class PageManagerMachine(RuleBasedStateMachine):
     @rule(target=requests, other=requests, keep=st.integers(1, 14), tokens=st.lists(st.integers(0, 1), max_size=4))
     def allocate_with_common_prefix(self, other, keep, tokens):
         return self.allocate(self.tokens[other][:keep] + tokens)
+
+    @rule(target=requests, other=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def serve_a_longer_prompt(self, other, tokens):
+        request_id = self.allocate(self.tokens[other] + tokens)
+        self.compute(request_id, len(self.tokens[request_id]), True)
+        return request_id
 
     @rule(request_id=requests, count=st.integers(1, 14), commit=st.booleans())
     def compute(self, request_id, count, commit):

@@ -196,6 +196,11 @@ def _visibility(
             return None, None, False
         if qo_len == width:
             return None, None, True
+    if qo_len == 1 and custom_mask is None:
+        # Decode rows see all their K/V: only the padding is hidden.
+        padding = np.arange(width) >= (kv_lens - first)[:, None]
+        hidden = torch.from_numpy(np.where(padding, np.float32(-np.inf), np.float32(0.0)))
+        return hidden.to(device, problem.q_dtype)[:, None, None], None, False
     lens = torch.from_numpy(kv_lens.astype(np.int64)).to(device)[:, None, None]
     start = torch.from_numpy(first.astype(np.int64)).to(device)[:, None, None]
     j = start + torch.arange(width, device=device)  # [requests, 1, width]

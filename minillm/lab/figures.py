@@ -51,9 +51,9 @@ STACK = (
     ("LLM · LLMEngine", "requests in, tokens out; owns everything below", ("00", "11", "12"), 0, 0, 100, 8, BLUE),
     ("Scheduler", "who gets how many\ntokens this step", ("08",), 0, 11, 24, 18, ORANGE),
     ("ModelRunner", "one step: build context → forward → sample", ("07",), 27, 11, 46, 7, GREEN),
-    ("WrapperManager", "plan", ("04",), 27, 21, 14.5, 8, GREEN),
-    ("ModelLoader", "weights", ("06",), 42.75, 21, 14.5, 8, GREEN),
-    ("Distributed", "ranks", ("10",), 58.5, 21, 14.5, 8, GREEN),
+    ("WrapperManager", "plan, run", ("04",), 27, 21, 14.5, 8, GREEN),
+    ("ModelLoader", "weights", ("06",), 42.5, 21, 12, 8, GREEN),
+    ("DistributedManager", "one rank a GPU", ("10",), 55.5, 21, 17.5, 8, GREEN),
     ("PageManager · KVPool", "pages, page tables,\nthe prefix cache", ("02", "09"), 76, 11, 24, 18, PURPLE),
     ("InferenceContext", "one step’s state, handed through every layer", ("03",), 0, 32, 100, 7, YELLOW),
     ("Model layers", "norms, projections, rotary embedding, MLP", ("07",), 0, 42, 58, 8, SKY),
@@ -69,6 +69,16 @@ STACK = (
         VERMILLION,
     ),
     ("Weights", "trained here", ("A1",), 81, 53, 19, 7, VERMILLION),
+)
+
+STACK_ARROWS = (
+    *((x, 8.2) for x in (12.0, 50.0, 88.0)),
+    *((x, 18.2) for x in (34.0, 48.5, 64.0)),
+    (50.0, 29.2),
+    (29.0, 39.2),
+    (80.0, 39.2),
+    (29.0, 50.2),
+    (72.0, 50.2),
 )
 
 
@@ -96,18 +106,14 @@ def stack() -> BookFigure:
             place = (right - 4.4 * i, y + height - 3.2 if tall or width < 20 else y + height / 2)
             circle = {"boxstyle": "circle,pad=0.22", "facecolor": INK, "edgecolor": "none"}
             draw_text(axes, *place, chapter, color=PAPER, weight="bold", fontsize=7.5, bbox=circle)
-    for x in (12, 50, 88):
-        draw_arrow(axes, (x, 8.2), (x, 10.8), color=GREY)
-    for x in (34.25, 50, 65.75):
-        draw_arrow(axes, (x, 18.2), (x, 20.8), color=GREY)
-    for x, y in ((50, 29.2), (29, 39.2), (80, 39.2), (29, 50.2), (72, 50.2)):
-        draw_arrow(axes, (x, y), (x, y + 2.6), color=GREY)
+    for start in STACK_ARROWS:
+        draw_arrow(axes, start, (start[0], start[1] + 2.6), color=GREY)
     axes.set_xlim(-1, 101)
     axes.set_ylim(61, -1)
-    chapters = {name: numbers for name, _, numbers, *_ in STACK}
-    described = ", ".join(f"{name} ({' and '.join(numbers)})" for name, numbers in chapters.items())
+    numbers = {name: chapters for name, _, chapters, *_ in STACK}
+    described = ", ".join(f"{name} ({' and '.join(chapters)})" for name, chapters in numbers.items())
     return figure.described(
-        f"The engine's parts from top to bottom, with the chapters that build them: {described}.", chapters=chapters
+        f"The engine's parts from top to bottom, with the chapters that build them: {described}.", chapters=numbers
     )
 
 
@@ -146,9 +152,9 @@ def cost_per_token(
                 color=color,
                 weight="bold",
             )
-        (slow, *_), (fast, *_) = ((values[-1], name) for name, values in series.items())
-        axes.annotate("", (lengths[-1], fast), (lengths[-1], slow), arrowprops={"arrowstyle": "<->", "color": GREY})
-        draw_text(axes, lengths[-1] * 0.93, (slow * fast) ** 0.5, f"× {slow / fast:.0f}", ha="right", fontsize=10)
+        high, low = (values[-1] for values in series.values())
+        axes.annotate("", (lengths[-1], low), (lengths[-1], high), arrowprops={"arrowstyle": "<->", "color": GREY})
+        draw_text(axes, lengths[-1] * 0.93, (high * low) ** 0.5, f"× {high / low:.0f}", ha="right", fontsize=10)
         axes.set(title=title, xlabel="tokens so far", ylabel=f"{unit} for one more token", yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])

@@ -62,8 +62,17 @@ def draw_pool(
         changed = before is not None and (state, owners) != (before.states[page], before.owners[page])
         column, row = page % columns, page // columns
         letters = "+".join(request_letter(owner, order) for owner in owners)
-        style = {"state": state, "owners": owners, "order": order, "changed": changed, "corner": letters}
-        draw_page(axes, x + column, y + row, str(page), **style)
+        draw_page(
+            axes,
+            x + column,
+            y + row,
+            str(page),
+            state=state,
+            owners=owners,
+            order=order,
+            changed=changed,
+            corner=letters,
+        )
     return -(-len(snapshot.states) // columns)
 
 
@@ -76,8 +85,8 @@ def draw_page_tables(axes: Axes, snapshot: PageSnapshot, order: Sequence[str], x
         for position, page in enumerate(pages):
             left = x + 1 + position
             shared = len(snapshot.owners[page]) > 1
-            style = {"facecolor": lighter(color), "edgecolor": color, "linewidth": 2.2 if shared else 1.0}
-            axes.add_patch(Rectangle((left, y + row - 0.38), 0.96, 0.76, **style))
+            corner, line = (left, y + row - 0.38), 2.2 if shared else 1.0
+            axes.add_patch(Rectangle(corner, 0.96, 0.76, facecolor=lighter(color), edgecolor=color, linewidth=line))
             draw_text(axes, left + 0.48, y + row, str(page))
         if not pages:
             draw_text(axes, x + 1, y + row, "(no page yet)", ha="left", color=GREY)

@@ -82,7 +82,7 @@ def paged_attention(
     outputs = []
     for request in range(arrays.num_requests):
         rows = slice(arrays.qo_indptr[request], arrays.qo_indptr[request + 1])
-        page_table = arrays.kv_indices[arrays.kv_indptr[request] : arrays.kv_indptr[request + 1]]
+        page_table = arrays.kv_indices[arrays.kv_indptr[request] : arrays.kv_indptr[request + 1]].tolist()
         k, v = gather_pages(kv_layer, page_table, int(arrays.kv_lens[request]))
         outputs.append(attention(q[rows], k, v, causal, sm_scale))
     return torch.cat(outputs) if outputs else torch.empty_like(q)

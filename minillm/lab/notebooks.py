@@ -101,11 +101,11 @@ def _without_paths(text: str, root: Path) -> str:
 
 def compared_outputs(notebook: NotebookNode) -> list[tuple[str, object]]:
     """(source, outputs) of each cell whose outputs are compared, less what nbval leaves out: pictures, tracebacks."""
-    compared = []
+    compared: list[tuple[str, object]] = []
     for cell in notebook.cells:
         if cell.cell_type != "code" or "nbval-ignore-output" in cell.metadata.get("tags", ()):
             continue
-        outputs = []
+        outputs: list[object] = []
         for output in cell.outputs:
             if output.output_type == "error":
                 outputs.append((output.ename, output.evalue))

@@ -127,7 +127,8 @@ def lighter(color: str, share: float = 0.75) -> str:
 
 
 def draw_text(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
-    axes.text(x, y, text, **({"ha": "center", "va": "center", "fontsize": 8, "color": INK} | style))
+    options: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": INK} | style
+    axes.text(x, y, text, **options)
 
 
 def draw_page(

@@ -12,7 +12,7 @@ import notebook_tools as rules
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minillm.lab.notebooks import normalise
+from minillm.lab.notebooks import main, normalise, refresh
 
 PATHS = rules.paths_on_disk()
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -106,6 +106,33 @@ def test_nbval_compares_every_output(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "1 passed" in done.stdout and "3 failed" in done.stdout, done.stdout + done.stderr
+
+
+def test_refresh_stores_outputs_and_check_compares_them(tmp_path: Path) -> None:
+    path = tmp_path / "small.ipynb"
+    cells = [code("import os; print(os.environ['MINILLM_DEVICE'])", None), code("print(os.getpid())", None)]
+    cells[1].metadata["tags"] = ["nbval-ignore-output"]
+    nbformat.write(new_notebook(cells=cells), path)
+    assert refresh(path)[2] == ""
+    stored = rules.read(path)
+    assert [cell.execution_count for cell in stored.cells] == [1, 2] and stored.cells[0].outputs[0].text == "cpu\n"
+    assert refresh(path, check=True)[2] == ""
+
+    stored.cells[0].outputs[0].text = "cuda\n"
+    nbformat.write(stored, path)
+    assert "the output changed of: import os; print" in refresh(path, check=True)[2]
+
+    stored.cells[1].source = "1 / 0"
+    nbformat.write(stored, path)
+    before = path.read_bytes()
+    assert "a cell failed: ZeroDivisionError" in refresh(path)[2]
+    assert path.read_bytes() == before
+
+
+def test_the_command_names_what_it_cannot_find(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--folder", str(tmp_path), "07"])
+    assert "matches ['07']" in capsys.readouterr().err
 
 
 # The checks themselves: a small notebook that breaks each rule once.

@@ -11,7 +11,6 @@ import json
 import math
 import numbers
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -57,30 +56,33 @@ _ENGINE_LIMITS = {
 }
 
 
+def shown(value: object) -> str:
+    """A value in an error message: short, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python does not print integers of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ConfigError(f"{name} must be an integer, got {reprlib.repr(value)}")
+        raise ConfigError(f"{name} must be an integer, got {shown(value)}")
     if not low <= int(value) <= high:
-        raise ConfigError(f"{name} must be from {low} to {high}, got {reprlib.repr(int(value))}")
+        raise ConfigError(f"{name} must be from {low} to {high}, got {shown(int(value))}")
     return int(value)
 
 
 def _number(name: str, value: Any, above: float, most: float) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not above < value <= most:  # NaN is neither
-        raise ConfigError(f"{name} must be a number above {above:g}, at most {most:g}, got {reprlib.repr(value)}")
+        raise ConfigError(f"{name} must be a number above {above:g}, at most {most:g}, got {shown(value)}")
     return float(value)
 
 
-def _one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {reprlib.repr(value)}")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, got {reprlib.repr(value)}")
+def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
+    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
     return value
 
 
@@ -137,7 +139,7 @@ class RopeConfig:
             raise ConfigError("high_freq_factor must be above low_freq_factor")
         if self.beta_fast < self.beta_slow:
             raise ConfigError("beta_fast must not be below beta_slow")
-        _flag("truncate", self.truncate)
+        _one_of("truncate", self.truncate, (True, False))
 
     def inv_freq(self, head_dim: int) -> tuple[np.ndarray, float]:
         """The angle per position of each pair of dimensions, `[head_dim / 2]` float32; and the scale of cos and sin."""
@@ -146,18 +148,16 @@ class RopeConfig:
             return inv_freq, 1.0
         if self.rope_type == "linear":
             return inv_freq / np.float32(self.factor), 1.0
+        # How much of each frequency stays as it is: a ramp over rotations in the old context, or over dimensions.
         keep, scale = self._llama3(inv_freq) if self.rope_type == "llama3" else self._yarn(head_dim)
         return (inv_freq / self.factor * (1 - keep) + inv_freq * keep).astype(np.float32), scale
 
     def _llama3(self, inv_freq: np.ndarray) -> tuple[np.ndarray, float]:
-        """How much of each frequency is kept (0: stretched by `factor`), and the scale of cos and sin."""
         low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
         num_rotations = (self.original_max_position_embeddings or 0) * inv_freq / (2 * math.pi)
         return np.clip((num_rotations - low) / (high - low), 0.0, 1.0), 1.0
 
     def _yarn(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """As `_llama3`, but with a ramp over dimensions, not over rotations."""
-
         def dimension(num_rotations: float) -> float:  # the one that rotates so often in the old context
             wavelength = (self.original_max_position_embeddings or 0) / (num_rotations * 2 * math.pi)
             return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
@@ -180,14 +180,14 @@ class RopeConfig:
         """From a config.json: `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them."""
         given = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(given, Mapping):
-            raise ConfigError(f"rope_parameters must be an object, got {reprlib.repr(given)}")
-        unset = {"beta_fast": (None, 0), "beta_slow": (None, 0)}  # as transformers has it
-        parameters = {name: value for name, value in given.items() if value not in unset.get(name, (None,))}
+            raise ConfigError(f"rope_parameters must be an object, got {shown(given)}")
+        # As transformers has it, null is the default, and so is 0 for beta_fast and beta_slow.
+        parameters = {k: v for k, v in given.items() if v is not None and not (k in _YARN[:2] and v == 0)}
         old_name, theta = parameters.pop("type", "default"), parameters.pop("rope_theta", config.get("rope_theta"))
         rope_type = _one_of("rope_type", parameters.pop("rope_type", old_name), _ROPE_PARAMETERS)
         partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial is not None and partial != 1:
-            raise ConfigError(f"partial_rotary_factor={reprlib.repr(partial)} is not supported: it must be 1")
+            raise ConfigError(f"partial_rotary_factor={shown(partial)} is not supported: it must be 1")
         if surplus := parameters.keys() - set(_ROPE_PARAMETERS[rope_type]):
             raise ConfigError(f"rope_parameters has {sorted(surplus)}, which rope_type {rope_type!r} does not use")
         if rope_type in ("llama3", "yarn"):
@@ -234,12 +234,12 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
         if not isinstance(self.rope, RopeConfig):
-            raise ConfigError(f"rope must be a RopeConfig, got {reprlib.repr(self.rope)}")
+            raise ConfigError(f"rope must be a RopeConfig, got {shown(self.rope)}")
         for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
-            _flag(name, getattr(self, name))
+            _one_of(name, getattr(self, name), (True, False))
         object.__setattr__(self, "dtype", _one_of("dtype", _name(self.dtype), DTYPE_BYTES))
         if not isinstance(self.eos_token_ids, (tuple, list)):
-            raise ConfigError(f"eos_token_ids must be a tuple of integers, got {reprlib.repr(self.eos_token_ids)}")
+            raise ConfigError(f"eos_token_ids must be a tuple of integers, got {shown(self.eos_token_ids)}")
         eos_token_ids = (_integer("eos_token_ids", i, 0, self.vocab_size - 1) for i in self.eos_token_ids)
         object.__setattr__(self, "eos_token_ids", tuple(dict.fromkeys(eos_token_ids)))
 
@@ -280,7 +280,10 @@ class ModelConfig:
         kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
         if head_dim is None and hidden_size % heads:
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads {heads}")
-        attention_bias = _flag("attention_bias", config.get("attention_bias") or False) and family in ("llama", "qwen3")
+        attention_bias = _one_of("attention_bias", config.get("attention_bias") or False, (True, False)) and family in (
+            "llama",
+            "qwen3",
+        )
         eos: list[Any] = []
         for ids in (generation_eos, config.get("eos_token_id")):
             eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -296,7 +299,7 @@ class ModelConfig:
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=_flag("mlp_bias", config.get("mlp_bias") or False),
+            mlp_bias=_one_of("mlp_bias", config.get("mlp_bias") or False, (True, False)),
             qk_norm=family == "qwen3",
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             eos_token_ids=tuple(eos),
@@ -308,11 +311,10 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for what the model needs and minillm does not have."""
 
     def refuse(name: str, why: str = "") -> None:
-        raise ConfigError(f"{name}={reprlib.repr(config[name])} is not supported{why}")
+        raise ConfigError(f"{name}={shown(config[name])} is not supported{why}")
 
-    expected = [f"{family.capitalize()}ForCausalLM"]
-    if config.get("architectures") not in (None, expected):
-        refuse("architectures", f" (it must be {expected})")
+    if config.get("architectures") not in (None, [f"{family.capitalize()}ForCausalLM"]):
+        refuse("architectures", f" (it must be {family.capitalize()}ForCausalLM)")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", " (it must be 'silu')")
     for name in ("quantization_config", "compression_config", "is_encoder_decoder", "add_cross_attention"):
@@ -374,14 +376,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", _name(self.device))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
-            raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {reprlib.repr(self.device)}")
+            raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {shown(self.device)}")
         object.__setattr__(self, "dtype", _one_of("dtype", _name(self.dtype), ("auto", *DTYPE_BYTES)))
         _one_of("kernels", self.kernels, ("auto", "flashinfer", "reference"))
         for name, (low, high) in _ENGINE_LIMITS.items():
             if getattr(self, name) is not None or name not in ("num_pages", "max_model_len"):
                 object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
         object.__setattr__(self, "memory_fraction", _number("memory_fraction", self.memory_fraction, 0.0, 1.0))
-        _flag("prefix_caching", self.prefix_caching)
+        _one_of("prefix_caching", self.prefix_caching, (True, False))
         if self.max_batch_tokens < self.max_running:
             raise ConfigError(f"max_batch_tokens {self.max_batch_tokens} is below max_running {self.max_running}")
 

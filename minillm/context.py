@@ -1,11 +1,11 @@
 """InferenceContext: one step's state, handed through every layer. There is no other way for state to reach a layer.
 
-Engines that keep the current batch in a module-level global (`set_context()` before the forward pass, `get_context()` inside
-attention) hide what a layer depends on, and two engines in two threads overwrite each other. Here the state of a step is one
-frozen value: it is built by the runner, passed down as an argument, and dropped.
+Engines that keep the current batch in a module-level global (`set_context()` before the forward pass, `get_context()`
+inside attention) hide what a layer depends on, and two engines in two threads overwrite each other. Here the state of
+a step is one frozen value: it is built by the runner, passed down as an argument, and dropped.
 
-This module is the bottom of the import graph: it imports nothing of minillm. What it holds but does not define (the pool, the
-page manager, the kernels) is described by a Protocol.
+This module is the bottom of the import graph: it imports nothing of minillm. What it holds but does not define (the
+pool, the page manager, the kernels) is described by a Protocol.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class BatchArrays:
     """What one step's batch looks like in memory, as FlashInfer's CSR arrays; all int32, on the host.
 
     Request `b` of the batch owns the query rows `qo_indptr[b]:qo_indptr[b + 1]` and reads the pages
-    `kv_indices[kv_indptr[b]:kv_indptr[b + 1]]`, the last of which holds `kv_last_page_len[b]` tokens *after* this step's
-    tokens have been appended. See https://docs.flashinfer.ai/tutorials/kv_layout.html.
+    `kv_indices[kv_indptr[b]:kv_indptr[b + 1]]`, the last of which holds `kv_last_page_len[b]` tokens *after* this
+    step's tokens have been appended. See https://docs.flashinfer.ai/tutorials/kv_layout.html.
     """
 
     qo_indptr: np.ndarray  # [num_requests + 1]
@@ -121,8 +121,8 @@ class SoloGroup:
 class InferenceContext:
     """Everything a layer needs to know of the current step.
 
-    Frozen means that no field is rebound. The tensors are on the model's device; all index arrays are int32. Only `kernels`
-    has no default, so that a single layer can be tried by hand:
+    Frozen means that no field is rebound. The tensors are on the model's device; all index arrays are int32. Only
+    `kernels` has no default, so that a single layer can be tried by hand:
 
         context = InferenceContext(kernels=minillm.reference)
         RMSNorm(64)(x, context)

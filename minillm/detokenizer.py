@@ -12,8 +12,8 @@ CONTEXT_TOKENS = 6  # decoders treat the beginning of a text specially, so the p
 class Detokenizer:
     """Decodes the output of one request as it grows.
 
-    A character may be spread over several tokens, and a token's text may depend on the one before it. So a window of the last
-    tokens is decoded, and text is given out once it does not end in an unfinished character.
+    A character may be spread over several tokens, and a token's text may depend on the one before it. So a window of
+    the last tokens is decoded, and text is given out once it does not end in an unfinished character.
     """
 
     def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]):
@@ -25,7 +25,7 @@ class Detokenizer:
         return self.tokenizer.decode(self.window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens add, so far as it is certain; all at once or one by one gives the same in the end."""
+        """The text that these tokens add, so far as it is certain. All at once or one by one gives the same."""
         self.window.extend(token_ids)
         text = self._decode()
         certain = text.rstrip(UNFINISHED)

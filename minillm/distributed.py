@@ -1,15 +1,16 @@
 """DistributedManager: the ranks of a tensor-parallel engine, what they say to each other, and their life and death.
 
-Rank 0 is the engine's own process. The others are fresh processes of `python -m minillm.distributed` (not forks, and no import of
-the caller's script: an engine may be made anywhere, in a notebook cell too). Each builds its part of the model and then waits for
-rank 0 to say what to run. Two channels:
+Rank 0 is the engine's own process. The others are fresh processes of `python -m minillm.distributed` (not forks, and
+no import of the caller's script: an engine may be made anywhere, in a notebook cell too). Each builds its part of the
+model and then waits for rank 0 to say what to run. Two channels:
 
-- a pipe to each worker's standard input carries one short line per command. It is also the lifeline: when rank 0 ends, however it
-  ends, the pipe closes, and the worker with it.
-- shared memory (a memory-mapped file) carries the arrays of a step. No object is ever serialised, so none is ever unpickled.
+- a pipe to each worker's standard input carries one short line per command. It is also the lifeline: when rank 0
+  ends, however it ends, the pipe closes, and the worker with it.
+- shared memory (a memory-mapped file) carries the arrays of a step. No object is ever serialised, so none is ever
+  unpickled.
 
-Sums over the ranks go through Gloo on CPUs and NCCL on GPUs, in a process group of the engine's own: torch's default group is global
-to a process, and would be shared by two engines.
+Sums over the ranks go through Gloo on CPUs and NCCL on GPUs, in a process group of the engine's own: torch's default
+group is global to a process, and would be shared by two engines.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import weakref
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,14 +86,14 @@ class ProcessGroup:
         try:
             work.wait()
         except RuntimeError as error:
-            raise WorkerError(f"another rank of the engine is gone: {error}") from error
+            raise WorkerError("another rank of the engine is gone, or does not answer") from error
 
 
 class StepMailbox:
     """Shared memory for the arrays of one step: rank 0 writes, the others read.
 
-    There is no lock: rank 0 writes the next step only after the sums of the last one, which no rank reaches before it has
-    read its arrays.
+    There is no lock: rank 0 writes the next step only after the sums of the last one, which no rank reaches before it
+    has read its arrays.
     """
 
     def __init__(self, path: Path, capacity: int, create: bool = False):
@@ -208,11 +209,10 @@ class DistributedManager:
         self.group = SoloGroup()
 
     def _send(self, worker: subprocess.Popen[bytes], line: str) -> None:
-        assert_pipe: IO[bytes] | None = worker.stdin
+        pipe: Any = worker.stdin
         try:
-            if assert_pipe is not None:
-                assert_pipe.write(line.encode() + b"\n")
-                assert_pipe.flush()
+            pipe.write(line.encode() + b"\n")
+            pipe.flush()
         except OSError as error:
             raise WorkerError(f"a worker has died: {self._last_words()}") from error
 

@@ -1,39 +1,30 @@
 """LLMEngine: requests in, tokens out. It owns everything below it, and decides what a fault may cost.
 
-The boundaries, from the inside out: a bad request is refused before it costs anything; a fault in one request ends that request;
-a fault in a step ends the requests of that step; a fault of the device, of a worker, or of the engine's own books ends every
-request, and the engine with them. Whatever happens, every request ends with a reason, and no page is lost.
+The boundaries, from the inside out: a bad request is refused before it costs anything; a fault in one request ends
+that request; a fault in a step ends the requests of that step; a fault of the device, of a worker, or of the engine's
+own books ends every request, and the engine with them. Whatever happens, every request ends with a reason, and no
+page is lost.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-import warnings
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from reprlib import repr as short
 from typing import Any
 
-import torch
-
 from minillm.config import EngineConfig, ModelConfig
 from minillm.detokenizer import OutputText
 from minillm.distributed import DistributedManager
-from minillm.errors import (
-    ConfigError,
-    ContractError,
-    EngineClosedError,
-    EngineDeadError,
-    WorkerError,
-)
+from minillm.errors import ConfigError, ContractError, EngineClosedError, EngineDeadError
+from minillm.faults import is_device_fault, is_out_of_memory
 from minillm.intake import Intake
+from minillm.interrupts import deferred_interrupts
 from minillm.loader import ModelLoader, load_tokenizer, pool_size
-from minillm.metrics import StepRecord
+from minillm.metrics import Observers, StepRecord
 from minillm.page_manager import PageManager
 from minillm.request import FinishReason, Request, RequestOutput, SamplingParams
 from minillm.runner import ModelRunner, StepResult, resolve
@@ -48,13 +39,13 @@ class LLMEngine:
     """Serves requests step by step.
 
     Args:
-        model: a checkpoint folder, a name on the Hugging Face hub, or a `ModelConfig` (with `weights="random"`); None is the
-            bundled story model.
+        model: a checkpoint folder, a name on the Hugging Face hub, or a `ModelConfig` (with `weights="random"`); None
+            is the bundled story model.
         tokenizer: `"auto"` is the checkpoint's own; None serves token ids only; or anything with `encode` and `decode`.
         weights: `"checkpoint"`, or `"random"`.
         observers: told of every step and request; see `minillm.metrics.Observer`.
-        page_manager, scheduler, sampler: classes (or factories) to run instead of the library's own; see `PageManagerProtocol`,
-            `SchedulerProtocol` and `SamplerProtocol` for what they must do.
+        page_manager, scheduler, sampler: classes (or factories) to run instead of the library's own; see
+            `PageManagerProtocol`, `SchedulerProtocol` and `SamplerProtocol` for what they must do.
         **options: the fields of `EngineConfig`.
 
     Raises:
@@ -105,7 +96,7 @@ class LLMEngine:
             self.page_manager, max_running=config.max_running, max_batch_tokens=config.max_batch_tokens
         )
         self.sampler = sampler(loader.config.vocab_size)
-        self.observers = list(observers)
+        self.observers = Observers(observers)
         self.intake = Intake(tokenizer, loader.config, config)
         self._requests: dict[str, Request] = {}  # unfinished, by internal id
         self._children: dict[str, list[str]] = {}  # internal ids of the unfinished samples of each caller's id
@@ -116,8 +107,6 @@ class LLMEngine:
         self._finished_in_step: list[str] = []
         self._fault: BaseException | None = None
         self._is_closed = False
-
-    # Requests ------------------------------------------------------------------------------------------------------------
 
     def add_request(
         self,
@@ -132,8 +121,8 @@ class LLMEngine:
             prompt: text, or token ids.
             params: how to sample; the defaults of `SamplingParams` if None.
             request_id: an id that is not in use; made up if None.
-            on_token: called with each new token id and the text it makes certain (maybe none yet, maybe more than its own).
-                If it raises, the request ends with `error`.
+            on_token: called with each new token id and the text it makes certain (maybe none yet, maybe more than its
+                own). If it raises, the request ends with `error`.
 
         Raises:
             InvalidRequestError: the prompt or a parameter cannot be served.
@@ -164,8 +153,6 @@ class LLMEngine:
         mine = [request_id for request_id in self._outputs if request_id not in self._claimed]
         return [output for request_id in mine for output in self._outputs.pop(request_id)]
 
-    # What LLM is made of -------------------------------------------------------------------------------------------------
-
     def prepare(
         self,
         prompt: str | Sequence[int],
@@ -189,7 +176,8 @@ class LLMEngine:
         return request_id in self._children
 
     def take(self, request_id: str) -> list[RequestOutput]:
-        """The outputs of a submitted request, in order of sample; aborts what is unfinished, and forgets the request."""
+        """The outputs of a submitted request, in order of sample; aborts what is unfinished, and forgets the
+        request."""
         self.abort(request_id)
         self._claimed.discard(request_id)
         return sorted(self._outputs.pop(request_id, []), key=lambda output: output.sample_index)
@@ -197,10 +185,8 @@ class LLMEngine:
     def advance(self) -> None:
         """Run one step and keep what it gives. An interrupt that arrives meanwhile is raised after it."""
         self._check_usable()
-        with _deferred_interrupts():
+        with deferred_interrupts():
             self._advance()
-
-    # One step ------------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         self._finished_in_step = []
@@ -228,29 +214,29 @@ class LLMEngine:
 
     def _run(self, plan: StepPlan) -> tuple[StepResult | None, str | None]:
         """Run the plan, smaller and smaller if memory runs out; if it fails, its requests end with `error`."""
-        for retry in range(MAX_RETRIES + 1):
+        num_retries = 0
+        while True:
             try:
                 return self.runner.step(plan, self.page_manager, self.sampler), None
             except ContractError as error:
                 self._die(error)
                 raise
             except Exception as error:
-                message = f"{type(error).__name__}: {error}"
-                if self._is_fatal(error):
+                fault = f"{type(error).__name__}: {error}"
+                # With several ranks, a fault of one leaves the others waiting in a sum.
+                if is_device_fault(error) or self.config.tensor_parallel_size > 1:
                     self._die(error)
-                    return None, message
-                if _is_out_of_memory(error) and retry < MAX_RETRIES and plan.num_tokens > 1:
+                    return None, fault
+                smaller = None
+                if is_out_of_memory(error) and num_retries < MAX_RETRIES and plan.num_tokens > 1:
                     self.page_manager.evict()
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-                    smaller = self.scheduler.schedule(max(1, plan.num_tokens // 2))
-                    if smaller:
-                        plan = smaller
-                        continue
+                    smaller = self.scheduler.schedule(plan.num_tokens // 2)
+            if not smaller:
                 for request in plan.requests:
-                    self._end(request, "error", f"the step failed with {message}")
-                return None, message
-        raise AssertionError("unreachable")
+                    self._end(request, "error", f"the step failed with {fault}")
+                return None, fault
+            plan = smaller
+            num_retries += 1
 
     def _take_tokens(self, result: StepResult) -> None:
         sampled, now = result.sampled, time.perf_counter()
@@ -298,8 +284,6 @@ class LLMEngine:
         if reason is not None:
             self._end(request, reason)
 
-    # The life of a request -----------------------------------------------------------------------------------------------
-
     def _admit(self, requests: list[Request]) -> str:
         parent_id = requests[0].parent_id
         self._children[parent_id] = []
@@ -309,7 +293,7 @@ class LLMEngine:
             self._children[parent_id].append(request.request_id)
             if self.tokenizer is not None and (request.on_token is not None or request.params.stop):
                 self._texts[request.request_id] = OutputText(self.tokenizer, request.token_ids, request.params.stop)
-            self._tell("on_request_added", request.request_id, request.num_prompt)
+            self.observers.tell("on_request_added", request.request_id, request.num_prompt)
         return parent_id
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
@@ -332,21 +316,13 @@ class LLMEngine:
             del self._children[request.parent_id]
         self._outputs.setdefault(request.parent_id, []).append(output)
         self._finished_in_step.append(request.request_id)
-        self._tell("on_request_finished", output)
-
-    # Faults and the end --------------------------------------------------------------------------------------------------
+        self.observers.tell("on_request_finished", output)
 
     def _check_plan(self, plan: StepPlan) -> None:
         if not plan:
             raise ContractError("Scheduler", "while requests are unfinished, a step computes something")
         if any(request.request_id not in self._requests for request in plan.requests):
             raise ContractError("Scheduler", "only unfinished requests are planned")
-
-    def _is_fatal(self, error: Exception) -> bool:
-        """Whether the device or a worker is beyond use: with several ranks, any fault leaves the others waiting."""
-        accelerator_error = getattr(torch, "AcceleratorError", ())
-        is_cuda_fault = isinstance(error, accelerator_error) or "CUDA error" in str(error)
-        return is_cuda_fault or isinstance(error, WorkerError) or self.config.tensor_parallel_size > 1
 
     def _as_contract_error(self, part: str, error: Exception) -> Exception:
         if isinstance(error, ContractError):
@@ -389,22 +365,11 @@ class LLMEngine:
         if not getattr(self, "_is_closed", True):
             self.close()
 
-    # Observers -----------------------------------------------------------------------------------------------------------
-
-    def _tell(self, event: str, *details: Any) -> None:
-        for observer in list(self.observers):
-            try:
-                if (method := getattr(observer, event, None)) is not None:
-                    method(*details)
-            except Exception as error:
-                self.observers.remove(observer)
-                warnings.warn(f"dropped an observer whose {event} raised {type(error).__name__}: {error}", stacklevel=2)
-
     def _tell_step(
         self, plan: StepPlan, result: StepResult | None, started: float, scheduled: float, ran: float, fault: str | None
     ) -> None:
         is_alive = self._fault is None
-        self._tell(
+        self.observers.tell(
             "on_step",
             StepRecord(
                 index=self._num_steps,
@@ -427,23 +392,3 @@ class LLMEngine:
                 error=fault,
             ),
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def _deferred_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C (in Jupyter, the stop button) back until the block has ended: a step must not be torn in two."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
-    arrived: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if arrived and callable(previous):
-            previous(arrived[0], None)

@@ -1,7 +1,7 @@
 """Every exception the library raises on purpose.
 
-Each class also derives from the built-in exception that a caller would expect (`ValueError` for bad input, `RuntimeError`
-for a broken engine), so that code which knows nothing of minillm can still handle it.
+Each class also derives from the built-in exception that a caller would expect (`ValueError` for bad input,
+`RuntimeError` for a broken engine), so that code which knows nothing of minillm can still handle it.
 """
 
 

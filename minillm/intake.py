@@ -51,8 +51,8 @@ class Intake:
         longest = (self.config.max_model_len or 0) - 1
         if len(token_ids) > longest:
             raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len {longest + 1} at most {longest} leave room "
-                "for an output token"
+                f"the prompt has {len(token_ids)} tokens; with max_model_len {longest + 1} at most {longest} leave "
+                "room for an output token"
             )
         vocab_size = self.model_config.vocab_size
         for token_id in token_ids:

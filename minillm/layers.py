@@ -1,11 +1,11 @@
-"""The model's layers: plain PyTorch modules whose forward takes `(x[, residual], context)` and that know nothing of the engine.
+"""The model's layers: PyTorch modules whose forward takes `(x[, residual], context)`; they know nothing of the engine.
 
-Everything a layer needs of the current step arrives in its `InferenceContext`: the kernels, the positions, the pages, the group
-of ranks. A layer keeps only its weights. `forward` of each works on `[num_tokens, ...]`: the tokens of all requests of the step,
-one after the other, with no batch dimension and no padding.
+Everything a layer needs of the current step arrives in its `InferenceContext`: the kernels, the positions, the pages,
+the group of ranks. A layer keeps only its weights. `forward` of each works on `[num_tokens, ...]`: the tokens of all
+requests of the step, one after the other, with no batch dimension and no padding.
 
-Weights are cut over the ranks of a tensor-parallel group as in Megatron-LM (https://arxiv.org/abs/1909.08053): the first of two
-matrices by columns, the second by rows, so that one all-reduce joins them.
+Weights are cut over the ranks of a tensor-parallel group as in Megatron-LM (https://arxiv.org/abs/1909.08053): the
+first of two matrices by columns, the second by rows, so that one all-reduce joins them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def frozen(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Paramete
 def matrix(out_features: int, in_features: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """A weight `[out_features, in_features]`, laid out for the product with few rows that decode consists of.
 
-    A CPU multiplies one row with a matrix fastest when the matrix lies in memory column by column: each element of the row then
-    scales one contiguous column. GPUs do not mind. Either way the shape is the same.
+    A CPU multiplies one row with a matrix fastest when the matrix lies in memory column by column: each element of
+    the row then scales one contiguous column. GPUs do not mind. Either way the shape is the same.
     """
     if device.type == "cpu":
         columns = torch.empty(in_features, out_features, device=device, dtype=dtype)
@@ -40,7 +40,7 @@ def matrix(out_features: int, in_features: int, device: torch.device, dtype: tor
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (https://arxiv.org/abs/1910.07467), optionally fused with the residual addition before it."""
+    """Root-mean-square norm (https://arxiv.org/abs/1910.07467), alone or fused with the addition before it."""
 
     def __init__(self, size: int, eps: float, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """`y = x W^T + b` for one or more matrices with the same input, fused to one; each rank computes a slice of every output.
+    """`y = x W^T + b` for matrices with the same input, fused to one; each rank computes a slice of every output.
 
     `parts` names the matrices as the checkpoint does, with the full size of their outputs.
     """
@@ -90,7 +90,7 @@ class ColumnParallelLinear(nn.Module):
         weights = self.weight.data.split(self.sizes)
         biases = self.bias.data.split(self.sizes) if self.bias is not None else [None] * len(weights)
         for (name, size), weight, bias in zip(self.parts.items(), weights, biases, strict=True):
-            shard = dict(shard_dim=0, rank=self.group.rank, world_size=self.group.size)
+            shard = {"shard_dim": 0, "rank": self.group.rank, "world_size": self.group.size}
             slots[f"{prefix}.{name}.weight"] = WeightSlot(weight, (size, weight.shape[1]), **shard)
             if bias is not None:
                 slots[f"{prefix}.{name}.bias"] = WeightSlot(bias, (size,), **shard)
@@ -121,7 +121,7 @@ class RowParallelLinear(nn.Module):
 
     def slots(self, prefix: str) -> Slots:
         shape = (self.weight.shape[0], self.in_features)
-        shard = dict(shard_dim=1, rank=self.group.rank, world_size=self.group.size)
+        shard = {"shard_dim": 1, "rank": self.group.rank, "world_size": self.group.size}
         slots = {f"{prefix}.weight": WeightSlot(self.weight.data, shape, **shard)}
         if self.bias is not None:
             slots[f"{prefix}.bias"] = WeightSlot(self.bias.data, (shape[0],))
@@ -129,7 +129,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallel(nn.Module):
-    """A matrix with a row for each token of the vocabulary, cut by rows: the embedding, the output head, or both when tied."""
+    """A matrix with a row for each token of the vocabulary, cut by rows: the embedding, the output head, or both."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -157,7 +157,7 @@ class VocabParallel(nn.Module):
 
     def slots(self, name: str) -> Slots:
         shape = (self.vocab_size, self.weight.shape[1])
-        shard = dict(shard_dim=0, rank=self.group.rank, world_size=self.group.size)
+        shard = {"shard_dim": 0, "rank": self.group.rank, "world_size": self.group.size}
         return {name: WeightSlot(self.weight.data, shape, **shard)}
 
 

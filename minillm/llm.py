@@ -149,7 +149,7 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     if not isinstance(prompts, (list, tuple, range)):
         raise InvalidRequestError(f"prompts must be text, token ids, or a list of those, got {short(prompts)}")
     is_tokens = bool(prompts) and not any(
-        isinstance(p, (str, list, tuple, range)) or hasattr(p, "ndim") and p.ndim for p in prompts
+        isinstance(p, (str, list, tuple, range)) or (hasattr(p, "ndim") and p.ndim) for p in prompts
     )
     return [list(prompts)] if is_tokens else list(prompts)
 

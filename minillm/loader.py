@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minillm.config import EngineConfig, ModelConfig
+from minillm.config import EngineConfig, ModelConfig, shown
 from minillm.errors import CheckpointError, ConfigError
 from minillm.weights import WeightSlot, check_headers, load_weights, random_weights, read_headers
 
@@ -68,14 +68,15 @@ def find_checkpoint(model: str | PathLike[str] | None) -> Path:
     if not isinstance(model, (str, PathLike)):
         raise CheckpointError(f"model must be a folder, a hub name, a ModelConfig or None, got {type(model).__name__}")
     name, path = str(model), Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"model {name!r} is a file: name the folder that it lies in")
+    with suppress(OSError):  # a name too long for the file system is no folder
+        if name and path.is_dir():
+            return path
+    if path.is_file():
+        raise CheckpointError(f"model {shown(name)} is a file: name the folder that it lies in")
     part = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
     if not isinstance(model, str) or not re.fullmatch(f"{part}(/{part})?", name):
         raise CheckpointError(
-            f"model {name!r} is not an existing folder (looked in {Path.cwd()}), nor can it be a name on the Hugging "
+            f"model {shown(name)} is not an existing folder (looked in {Path.cwd()}), nor can it be a name on the Hugging "
             "Face hub like 'Qwen/Qwen3-0.6B'"
         )
     return _download(name)
@@ -93,7 +94,7 @@ def _download(name: str) -> Path:
     except Exception as error:  # a dozen types from four libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"model {name!r} is not an existing folder (looked in {Path.cwd()}), and the Hugging Face hub did not give "
+            f"model {shown(name)} is not an existing folder (looked in {Path.cwd()}), and the Hugging Face hub did not give "
             f"it: {reason}"
         ) from error
 

@@ -1,11 +1,13 @@
 """Metrics: what the engine reports of each step and each request, and who listens.
 
-One record is made per step. Counters, traces and figures are all views of the same records. With nobody listening, none is made.
+One record is made per step. Counters, traces and figures are all views of the same records. With nobody listening,
+none is made.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from minillm.request import RequestOutput
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of the engine: what it computed, where its time went, and what was left afterwards. Times are in seconds."""
+    """One step of the engine: what it computed, where its time went, and what was left afterwards. Times are in
+    seconds."""
 
     index: int  # counts the steps of the engine, from 0
     start_time: float  # a `time.perf_counter` reading
@@ -62,6 +65,27 @@ class Observer(Protocol):
     def on_request_finished(self, output: RequestOutput) -> None:
         """A request has ended, for whatever reason."""
         ...
+
+
+class Observers:
+    """Tells all observers of an event; one that raises is dropped with a warning."""
+
+    def __init__(self, observers: Iterable[Any]):
+        self.observers = list(observers)
+
+    def __bool__(self) -> bool:
+        return bool(self.observers)
+
+    def tell(self, event: str, *details: Any) -> None:
+        """Call the method named `event` of each observer that has one."""
+        for observer in tuple(self.observers):
+            try:
+                method = getattr(observer, event, None)
+                if method is not None:
+                    method(*details)
+            except Exception as error:
+                self.observers.remove(observer)
+                warnings.warn(f"dropped an observer whose {event} raised {type(error).__name__}: {error}", stacklevel=2)
 
 
 class Recorder:
@@ -175,7 +199,8 @@ class Metrics:
 
 
 def chrome_trace(steps: Iterable[StepRecord]) -> str:
-    """The steps as JSON for https://ui.perfetto.dev or chrome://tracing: a slice per phase, counters for pages and queues."""
+    """The steps as JSON for https://ui.perfetto.dev or chrome://tracing: a slice per phase, counters for pages and
+    queues."""
     events: list[dict[str, Any]] = []
     for record in steps:
         moment = record.start_time

@@ -38,9 +38,10 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False)
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to turn logits into tokens, and when to stop. Wrong values raise `InvalidRequestError`, which names the field.
+    """How to turn logits into tokens, and when to stop. `InvalidRequestError` names a field with a wrong value.
 
-    The filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p; each renormalises what is left.
+    The filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p; each renormalises what is
+    left.
 
     Args:
         n: how many outputs to draw for the prompt.
@@ -48,8 +49,10 @@ class SamplingParams:
         top_k: keep the k most probable tokens; 0 or -1 is off.
         top_p: keep the fewest most probable tokens whose probabilities add up to this
             (nucleus sampling, https://arxiv.org/abs/1904.09751).
-        min_p: keep tokens at least this many times as probable as the most probable one (https://arxiv.org/abs/2407.01082).
-        repetition_penalty: above 1 makes tokens of the prompt and the output less likely (https://arxiv.org/abs/1909.05858).
+        min_p: keep tokens at least this many times as probable as the most probable one
+            (https://arxiv.org/abs/2407.01082).
+        repetition_penalty: above 1 makes tokens of the prompt and the output less likely
+            (https://arxiv.org/abs/1909.05858).
         max_tokens: end with `length` after so many tokens.
         min_tokens: hold every kind of stop back until so many tokens.
         stop: strings that end the output; they are not part of its text.
@@ -115,8 +118,9 @@ def check_fits(num_prompt: int, params: SamplingParams, max_num_tokens: int, num
 class RequestMetrics:
     """When things happened to one request, in seconds; `arrival_time` is a `time.perf_counter` reading.
 
-    `queue_time` runs from arrival to the first step that computes a token of the request, `ttft` (time to first token) to
-    its first token, and `latency` to its end. `inter_token_latency` is the mean time between tokens. None: did not happen.
+    `queue_time` runs from arrival to the first step that computes a token of the request, `ttft` (time to first
+    token) to its first token, and `latency` to its end. `inter_token_latency` is the mean time between tokens. None:
+    did not happen.
     """
 
     arrival_time: float
@@ -140,9 +144,10 @@ class RequestMetrics:
 class RequestOutput:
     """What became of one request (of one of its `n` samples).
 
-    `finish_reason` is `stop` (an end token or a stop string), `length`, `abort` or `error`; with `error`, the attribute of
-    that name says what went wrong. `token_ids` holds the id that stopped the request; `text` does not hold the stop string.
-    `logprobs` has for each output token a dict of token id to log-probability, the drawn token first.
+    `finish_reason` is `stop` (an end token or a stop string), `length`, `abort` or `error`; with `error`, the
+    attribute of that name says what went wrong. `token_ids` holds the id that stopped the request; `text` does not
+    hold the stop string. `logprobs` has for each output token a dict of token id to log-probability, the drawn token
+    first.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""ModelRunner: runs one step. It builds the context, calls the model, and has the sampler draw; all else belongs to others."""
+"""ModelRunner runs one step: it builds the context, calls the model, and has the sampler draw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,9 @@ from minillm.wrappers import WrapperManager, load_kernels
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """The config with `device` and `dtype` decided.
 
-    `device="auto"` is `MINILLM_DEVICE` if set, else CUDA where it is usable, else the CPU. `dtype="auto"` is float32 on a CPU,
-    and on CUDA the checkpoint's, but for float32, which FlashInfer does not serve: bfloat16 then, with a notice.
+    `device="auto"` is `MINILLM_DEVICE` if set, else CUDA where it is usable, else the CPU. `dtype="auto"` is float32
+    on a CPU, and on CUDA the checkpoint's, but for float32, which FlashInfer does not serve: bfloat16 then, with a
+    notice.
     """
     name = config.device
     if name == "auto":
@@ -129,7 +129,7 @@ class ModelRunner:
         )
 
     def warm_up(self) -> MemoryReport:
-        """Run the largest step on a small pool of its own: what is loaded on first use is loaded, and memory is measured."""
+        """Run the largest step on a small pool of its own: what loads on first use has loaded, memory is measured."""
         max_len = self.config.max_model_len or self.model.config.max_position_embeddings
         page_size, most = self.config.page_size, self.config.max_batch_tokens
         # As many requests as it takes to fill the step, none longer than a request may be.

@@ -1,9 +1,9 @@
 """Sampler: from logits to tokens.
 
-A request's random numbers are a function of its seed and of the position to fill, and of nothing else: no generator advances
-from step to step. So what a request draws does not depend on which others happen to share its batch, on when it was scheduled,
-or on whether it was preempted. (Parallel random numbers as a function of a counter: Salmon et al., 2011,
-https://doi.org/10.1145/2063384.2063405.)
+A request's random numbers are a function of its seed and of the position to fill, and of nothing else: no generator
+advances from step to step. So what a request draws does not depend on which others happen to share its batch, on when
+it was scheduled, or on whether it was preempted. (Parallel random numbers as a function of a counter: Salmon et al.,
+2011, https://doi.org/10.1145/2063384.2063405.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SamplerProtocol(Protocol):
 
 
 class Sampler:
-    """Greedy, temperature, top-k, top-p and min-p sampling with repetition penalty; each request with its own parameters."""
+    """Greedy, temperature, top-k, top-p and min-p sampling with repetition penalty, for each request its own."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -108,8 +108,8 @@ def filtered_probs(
         top_k, top_p, min_p: one for each row; 0, 1.0 and 0.0 are off.
 
     Returns:
-        `[num_rows, vocab_size]`, rows not renormalised. Each filter is a threshold, so that equal probabilities live or die
-        together and the result does not depend on how a sort breaks ties.
+        `[num_rows, vocab_size]`, rows not renormalised. Each filter is a threshold, so that equal probabilities live
+        or die together and the result does not depend on how a sort breaks ties.
     """
     vocab_size = probs.shape[-1]
 
@@ -138,7 +138,7 @@ def filtered_probs(
 
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse-transform sampling: the first token at which the cumulative sum of `probs` passes `uniforms` of its total.
+    """Inverse-transform sampling: the first token at which the running sum of `probs` passes `uniforms` of its total.
 
     `probs` is `[num_rows, vocab_size]` and need not add up to 1; `uniforms` `[num_rows]` float64 in [0, 1). Returns
     `[num_rows]` int64. Tokens of zero probability are never drawn.
@@ -166,7 +166,7 @@ def counter_uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarr
 
 
 def top_logprobs(logits: torch.Tensor, token_id: int, k: int) -> dict[int, float]:
-    """Log-probabilities of the drawn token and of the `k` most probable ones, of the model's own logits `[vocab_size]`."""
+    """Log-probabilities of the drawn token and of the `k` most probable ones, of logits `[vocab_size]`."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     values, ids = logprobs.topk(min(k, len(logprobs)))
     return {token_id: float(logprobs[token_id])} | dict(zip(ids.tolist(), values.tolist(), strict=True))

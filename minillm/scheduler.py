@@ -1,11 +1,12 @@
 """Scheduler: which requests get how many tokens in the next step.
 
-Continuous batching (Orca, https://www.usenix.org/conference/osdi22/presentation/yu): the batch is put together anew for every
-step, so that a request joins as soon as there is room and leaves as soon as it ends. Prompts are cut into chunks that share
-steps with the running decodes (Sarathi-Serve, https://arxiv.org/abs/2403.02310), so that a long prompt stalls nobody.
+Continuous batching (Orca, https://www.usenix.org/conference/osdi22/presentation/yu): the batch is put together anew
+for every step, so that a request joins as soon as there is room and leaves as soon as it ends. Prompts are cut into
+chunks that share steps with the running decodes (Sarathi-Serve, https://arxiv.org/abs/2403.02310), so that a long
+prompt stalls nobody.
 
-The scheduler is pure bookkeeping: it moves requests between a queue and a batch, and asks the page manager for room. It runs
-without a model.
+The scheduler is pure bookkeeping: it moves requests between a queue and a batch, and asks the page manager for room.
+It runs without a model.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class SchedulerProtocol(Protocol):
 class Scheduler:
     """First come, first served, with a budget of tokens per step.
 
-    Each running request gets its next tokens, oldest first; what is left of the budget goes to requests from the queue. When
-    pages run out, the youngest running request is preempted: its pages are freed, and it goes back to the head of the queue, to
-    be computed again (its prefix may still be cached by then).
+    Each running request gets its next tokens, oldest first; what is left of the budget goes to requests from the
+    queue. When pages run out, the youngest running request is preempted: its pages are freed, and it goes back to the head of the
+    queue, to be computed again (its prefix may still be cached by then).
 
     Args:
         page_manager: where room for tokens comes from.

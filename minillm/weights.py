@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minillm.config import read_json
+from minillm.config import read_json, shown
 from minillm.errors import CheckpointError
 
 
@@ -126,7 +125,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index_path} names {reprlib.repr(name)} for {reprlib.repr(tensor)}: only .safetensors files of its "
+                f"{index_path} names {shown(name)} for {shown(tensor)}: only .safetensors files of its "
                 "own folder are read"
             )
         files.setdefault(folder / name, []).append(tensor)

@@ -1,8 +1,8 @@
 """WrapperManager: FlashInfer's wrappers, planned once per step; and the choice between FlashInfer and its twin.
 
-FlashInfer splits attention in two: `plan()` looks at the lengths of the batch on the host and decides how to spread the work over
-the device; `run()` then does it, once for each layer (https://arxiv.org/abs/2501.01005). Which wrapper serves a step is decided
-here and hidden behind the `AttentionPlan` of the step's context.
+FlashInfer splits attention in two: `plan()` looks at the lengths of the batch on the host and decides how to spread
+the work over the device; `run()` then does it, once for each layer (https://arxiv.org/abs/2501.01005). Which wrapper
+serves a step is decided here and hidden behind the `AttentionPlan` of the step's context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def load_kernels(name: str, device: torch.device) -> Any:
         raise KernelsUnavailableError("kernels='flashinfer' needs FlashInfer: pip install 'minillm[gpu]'")
     if name == "auto" and on_gpu and not installed:
         warnings.warn(
-            "FlashInfer is not installed, so attention runs on its slow twin in plain PyTorch: pip install 'minillm[gpu]'",
+            "FlashInfer is not installed, so attention runs on its slow twin in plain PyTorch: "
+            "pip install 'minillm[gpu]'",
             stacklevel=2,
         )
     use_flashinfer = name == "flashinfer" or (name == "auto" and on_gpu and installed)
@@ -77,8 +78,8 @@ class StepInputs:
 class StepBuffers:
     """Static memory for one step in flight: pinned staging on the host, its image on the device, and planned wrappers.
 
-    A step's arrays are packed one after the other, so that one asynchronous copy takes them all across. On a CPU there is
-    nothing to cross, and the arrays are used where they lie.
+    A step's arrays are packed one after the other, so that one asynchronous copy takes them all across. On a CPU
+    there is nothing to cross, and the arrays are used where they lie.
     """
 
     def __init__(self, device: torch.device):
@@ -110,8 +111,8 @@ class StepBuffers:
 class WrapperManager:
     """Plans the attention of each step.
 
-    A step in which each request computes one token is served by the decode wrapper, any other by the prefill wrapper, to
-    which a decode is a prefill of one row.
+    A step in which each request computes one token is served by the decode wrapper, any other by the prefill wrapper,
+    to which a decode is a prefill of one row.
 
     Args:
         kernels: `flashinfer` or its twin.

@@ -112,6 +112,18 @@ def test_csr_arrays_draws_the_batch(manager: PageManager) -> None:
     assert sum(figure.numbers["filled"]) == 11
 
 
+def test_who_touches_what_finds_contested_state() -> None:
+    shared = [figures.Touch(owner, "set", "writes", "_CONTEXT") for owner in "AB"]
+    shared += [figures.Touch("A", "attention", "reads", "_CONTEXT")]
+    own = [touch._replace(state=f"context {touch.owner}") for touch in shared]
+    figure = figures.who_touches_what({"a global": shared, "an argument": own})
+    assert figure.numbers["writers"]["a global"] == {"_CONTEXT": ("A", "B")}
+    assert figure.numbers["writers"]["an argument"] == {"context A": ("A",), "context B": ("B",)}
+    heavy = [sum(patch.get_linewidth() == 2.4 for patch in axes.patches) for axes in figure.axes]
+    assert heavy == [1, 0]
+    assert "written by\nA and B" in texts(figure) and "_CONTEXT is written by A and B" in figure.alt
+
+
 def test_every_figure_describes_itself_and_is_reproducible(manager: PageManager) -> None:
     for figure, again in zip(all_figures(manager), all_figures(manager), strict=True):
         assert len(figure.alt.split()) >= 8 and figure.numbers

@@ -1,4 +1,4 @@
-"""Who touches what: functions on the left, state on the right, an arrow for each read and write (chapter 03's figure)."""
+"""Who touches what: functions on the left, state on the right, an arrow for each access (chapter 03's figure)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def writers(touches: Sequence[Touch]) -> dict[str, tuple[str, ...]]:
     return {state: tuple(owners) for state, owners in found.items()}
 
 
-def _draw_touches(axes: Axes, touches: Sequence[Touch], owners: Sequence[str]) -> None:
+def _draw_touches(axes: Axes, touches: Sequence[Touch], owners: Sequence[str], num_rows: float) -> None:
     actors = list(dict.fromkeys((touch.owner, touch.function) for touch in touches))
     actors.sort(key=lambda actor: owners.index(actor[0]))
     states = list(dict.fromkeys(touch.state for touch in touches))
@@ -59,10 +59,10 @@ def _draw_touches(axes: Axes, touches: Sequence[Touch], owners: Sequence[str]) -
     for state, row in places.items():
         contested = len(by_state[state]) > 1
         face = lighter(VERMILLION, 0.6) if contested else PAPER
-        draw_box(axes, 7.6, row - 0.6, 3.4, 1.2, face=face, edge=INK, linewidth=2.4 if contested else 1.0)
-        draw_text(axes, 9.3, row - 0.18, state, weight="bold")
+        draw_box(axes, 7.6, row - 0.75, 3.4, 1.5, face=face, edge=INK, linewidth=2.4 if contested else 1.0)
+        draw_text(axes, 9.3, row - 0.32, state, weight="bold")
         names = " and ".join(by_state[state]) or "nobody"
-        draw_text(axes, 9.3, row + 0.24, f"written by {names}", fontsize=7)
+        draw_text(axes, 9.3, row + 0.26, f"written by\n{names}", fontsize=7)
     for touch in dict.fromkeys(touches):
         near, far = (4.5, rows[touch.owner, touch.function]), (7.5, places[touch.state])
         if touch.kind == "writes":
@@ -70,7 +70,7 @@ def _draw_touches(axes: Axes, touches: Sequence[Touch], owners: Sequence[str]) -
         else:
             draw_arrow(axes, far, near, color=GREY, linestyle="--")
     axes.set_xlim(-0.3, 11.3)
-    axes.set_ylim(max(rows.values()) + 0.7, -0.7)
+    axes.set_ylim(num_rows, -0.7)
 
 
 @in_style
@@ -86,7 +86,7 @@ def who_touches_what(panels: Mapping[str, Sequence[Touch]]) -> BookFigure:
     for axes, (title, touches) in zip(all_axes[0], panels.items(), strict=True):
         axes.set_axis_off()
         axes.set_title(title)
-        _draw_touches(axes, touches, owners)
+        _draw_touches(axes, touches, owners, most + 0.6 * len(owners) - 0.9)
     found = {title: writers(touches) for title, touches in panels.items()}
     sentences = [
         f"with {title}, {state} is written by {' and '.join(names) or 'nobody'}"

@@ -26,6 +26,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STACK = (
     "errors",
     "doctor",
+    "interrupts",
     "context",
     "config",
     "weights",
@@ -43,6 +44,7 @@ STACK = (
     "metrics",
     "runner",
     "distributed",
+    "faults",
     "engine",
     "llm",
     "__init__",

@@ -181,7 +181,7 @@ def check_gpu() -> Check:
 def check_flashinfer() -> Check:
     version = installed_version("flashinfer-python")
     if version is None:
-        return Check("FlashInfer", False, "not installed", "make gpu (or pip install 'minillm[gpu]')")
+        return Check("FlashInfer", False, "not installed", "make gpu (or, in the checkout, pip install -e '.[gpu]')")
     if version != FLASHINFER_VERSION:
         advice = f"minillm is tested with exactly one version: pip install flashinfer-python=={FLASHINFER_VERSION}"
         return Check("FlashInfer", False, f"{version}, where {FLASHINFER_VERSION} is wanted", advice)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minillm.llm import LLM as LLM
     from minillm.page_manager import PageManager as PageManager
     from minillm.request import RequestOutput as RequestOutput
-    from minillm.request import SamplingParams as SamplingParams
+    from minillm.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 HOMES = (
     ("LLM", "llm"),
     ("LLMEngine", "engine"),
-    ("SamplingParams", "request"),
+    ("SamplingParams", "sampling_params"),
     ("RequestOutput", "request"),
     ("ModelConfig", "config"),
     ("EngineConfig", "config"),

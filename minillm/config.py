@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,9 +15,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minillm.errors import CheckpointError, ConfigError
+from minillm.rope import RopeConfig
+from minillm.validation import integer, number, one_of, shown
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -30,10 +28,6 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
-# What each RoPE type takes from config.json besides theta; RopeConfig has the same names.
-_LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-_YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
-_ROPE_PARAMETERS = {"default": (), "linear": _LLAMA3[:1], "llama3": _LLAMA3, "yarn": _LLAMA3[:2] + _YARN}
 # Bounds that no model of these families comes near: a number beyond them is a mistake, and would only fail later.
 _MODEL_LIMITS = {
     "vocab_size": (1, 2**22),
@@ -56,36 +50,6 @@ _ENGINE_LIMITS = {
 }
 
 
-def shown(value: object) -> str:
-    """A value in an error message: short, whatever it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python does not print integers of thousands of digits
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ConfigError(f"{name} must be an integer, got {shown(value)}")
-    if not low <= int(value) <= high:
-        raise ConfigError(f"{name} must be from {low} to {high}, got {shown(int(value))}")
-    return int(value)
-
-
-def _number(name: str, value: Any, above: float, most: float) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not above < value <= most:  # NaN is neither
-        raise ConfigError(f"{name} must be a number above {above:g}, at most {most:g}, got {shown(value)}")
-    return float(value)
-
-
-def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
-    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
-    return value
-
-
 def _name(value: Any) -> Any:
     """A torch.dtype or torch.device as its name, without importing torch; other values as they are."""
     return str(value).removeprefix("torch.") if isinstance(value, str) or type(value).__module__ == "torch" else value
@@ -102,103 +66,6 @@ def read_json(path: Path, max_bytes: int = 64 * 2**20) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: which frequencies, and how they are stretched for contexts longer than trained.
-
-    Types: `default` (https://arxiv.org/abs/2104.09864), `linear` (https://arxiv.org/abs/2306.15595), `yarn`
-    (https://arxiv.org/abs/2309.00071), and `llama3` (Llama 3.1's, which stretches long wavelengths only). Fields are
-    named as in config.json; those that a type does not use keep their defaults.
-    """
-
-    rope_type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None  # llama3, yarn: the context length before stretching
-    low_freq_factor: float | None = None  # llama3: what rotates less often than this in that context is stretched,
-    high_freq_factor: float | None = None  # llama3: and what rotates more often than this stays
-    beta_fast: float = 32.0  # yarn: what rotates more often than this stays,
-    beta_slow: float = 1.0  # yarn: and what rotates less often than this is stretched
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    attention_factor: float | None = None  # yarn: scales cos and sin; None: follows from factor and the mscales
-    truncate: bool = True  # yarn: round the bounds of the ramp to whole dimensions
-
-    def __post_init__(self) -> None:
-        _one_of("rope_type", self.rope_type, _ROPE_PARAMETERS)
-        _number("theta", self.theta, 1.0, 1e15)
-        required = ("factor", "beta_fast", "beta_slow", *(_LLAMA3[2:] if self.rope_type == "llama3" else ()))
-        for name in (*required, "mscale", "mscale_all_dim", "attention_factor"):
-            if name in required or getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0, 1e15)
-        if self.rope_type in ("llama3", "yarn"):
-            _integer("original_max_position_embeddings", self.original_max_position_embeddings, 1, 2**24)
-        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
-            raise ConfigError("high_freq_factor must be above low_freq_factor")
-        if self.beta_fast < self.beta_slow:
-            raise ConfigError("beta_fast must not be below beta_slow")
-        _one_of("truncate", self.truncate, (True, False))
-
-    def inv_freq(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """The angle per position of each pair of dimensions, `[head_dim / 2]` float32; and the scale of cos and sin."""
-        inv_freq = np.float32(1) / np.float32(self.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-        if self.rope_type == "default":
-            return inv_freq, 1.0
-        if self.rope_type == "linear":
-            return inv_freq / np.float32(self.factor), 1.0
-        # How much of each frequency stays as it is: a ramp over rotations in the old context, or over dimensions.
-        keep, scale = self._llama3(inv_freq) if self.rope_type == "llama3" else self._yarn(head_dim)
-        return (inv_freq / self.factor * (1 - keep) + inv_freq * keep).astype(np.float32), scale
-
-    def _llama3(self, inv_freq: np.ndarray) -> tuple[np.ndarray, float]:
-        low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
-        num_rotations = (self.original_max_position_embeddings or 0) * inv_freq / (2 * math.pi)
-        return np.clip((num_rotations - low) / (high - low), 0.0, 1.0), 1.0
-
-    def _yarn(self, head_dim: int) -> tuple[np.ndarray, float]:
-        def dimension(num_rotations: float) -> float:  # the one that rotates so often in the old context
-            wavelength = (self.original_max_position_embeddings or 0) / (num_rotations * 2 * math.pi)
-            return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
-
-        def mscale(weight: float) -> float:
-            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
-
-        first, last = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, head_dim - 1)
-        ramp = (np.arange(head_dim // 2, dtype=np.float32) - first) / (last - first or 0.001)
-        scale = self.attention_factor
-        if scale is None and self.mscale and self.mscale_all_dim:
-            scale = mscale(self.mscale) / mscale(self.mscale_all_dim)
-        return 1 - np.clip(ramp, 0.0, 1.0), mscale(1.0) if scale is None else scale
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> RopeConfig:
-        """From a config.json: `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them."""
-        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"rope_parameters must be an object, got {shown(given)}")
-        # As transformers has it, null is the default, and so is 0 for beta_fast and beta_slow.
-        parameters = {k: v for k, v in given.items() if v is not None and not (k in _YARN[:2] and v == 0)}
-        old_name, theta = parameters.pop("type", "default"), parameters.pop("rope_theta", config.get("rope_theta"))
-        rope_type = _one_of("rope_type", parameters.pop("rope_type", old_name), _ROPE_PARAMETERS)
-        partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-        if partial is not None and partial != 1:
-            raise ConfigError(f"partial_rotary_factor={shown(partial)} is not supported: it must be 1")
-        if surplus := parameters.keys() - set(_ROPE_PARAMETERS[rope_type]):
-            raise ConfigError(f"rope_parameters has {sorted(surplus)}, which rope_type {rope_type!r} does not use")
-        if rope_type in ("llama3", "yarn"):
-            name, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
-            parameters[name] = original = config.get(name) or parameters.get(name) or longest
-            if rope_type == "yarn" and "factor" not in parameters:
-                longest = _integer("max_position_embeddings", longest, *_MODEL_LIMITS["max_position_embeddings"])
-                parameters["factor"] = longest / _integer(name, original, 1, 2**24)
-        if rope_type != "default" and "factor" not in parameters:
-            raise ConfigError(f"rope_parameters lacks 'factor', which rope_type {rope_type!r} needs")
-        return cls(rope_type, cls.theta if theta is None else theta, **parameters)
 
 
 @dataclass(frozen=True)
@@ -225,10 +92,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("model_type", self.model_type, FAMILIES)
+        one_of("model_type", self.model_type, FAMILIES)
         for name, (low, high) in _MODEL_LIMITS.items():
-            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
-        _number("rms_norm_eps", self.rms_norm_eps, 0.0, 0.1)
+            object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
+        number("rms_norm_eps", self.rms_norm_eps, 0.0, 0.1)
         if self.num_qo_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads {self.num_kv_heads} must divide num_qo_heads {self.num_qo_heads}")
         if self.head_dim % 2:
@@ -236,11 +103,11 @@ class ModelConfig:
         if not isinstance(self.rope, RopeConfig):
             raise ConfigError(f"rope must be a RopeConfig, got {shown(self.rope)}")
         for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
-            _one_of(name, getattr(self, name), (True, False))
-        object.__setattr__(self, "dtype", _one_of("dtype", _name(self.dtype), DTYPE_BYTES))
+            one_of(name, getattr(self, name), (True, False))
+        object.__setattr__(self, "dtype", one_of("dtype", _name(self.dtype), DTYPE_BYTES))
         if not isinstance(self.eos_token_ids, (tuple, list)):
             raise ConfigError(f"eos_token_ids must be a tuple of integers, got {shown(self.eos_token_ids)}")
-        eos_token_ids = (_integer("eos_token_ids", i, 0, self.vocab_size - 1) for i in self.eos_token_ids)
+        eos_token_ids = (integer("eos_token_ids", i, 0, self.vocab_size - 1) for i in self.eos_token_ids)
         object.__setattr__(self, "eos_token_ids", tuple(dict.fromkeys(eos_token_ids)))
 
     @property
@@ -255,7 +122,7 @@ class ModelConfig:
 
     def num_bytes(self, dtype: Any = None) -> int:
         """The bytes of the weights in `dtype` (a name or a torch.dtype; None: the checkpoint's)."""
-        return self.num_parameters * DTYPE_BYTES[_one_of("dtype", _name(dtype or self.dtype), DTYPE_BYTES)]
+        return self.num_parameters * DTYPE_BYTES[one_of("dtype", _name(dtype or self.dtype), DTYPE_BYTES)]
 
     @classmethod
     def from_hf(cls, folder: str | PathLike[str]) -> ModelConfig:
@@ -272,15 +139,15 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], generation_eos: Any = None) -> ModelConfig:
         """From a config.json's content (and a generation_config.json's `eos_token_id`); may raise `ConfigError`."""
-        family = _one_of("model_type", config.get("model_type"), FAMILIES)
+        family = one_of("model_type", config.get("model_type"), FAMILIES)
         config = _FAMILY_DEFAULTS[family] | dict(config)
         _refuse_unsupported(family, config)
-        heads = _integer("num_attention_heads", config.get("num_attention_heads"), *_MODEL_LIMITS["num_qo_heads"])
-        hidden_size = _integer("hidden_size", config.get("hidden_size"), *_MODEL_LIMITS["hidden_size"])
+        heads = integer("num_attention_heads", config.get("num_attention_heads"), *_MODEL_LIMITS["num_qo_heads"])
+        hidden_size = integer("hidden_size", config.get("hidden_size"), *_MODEL_LIMITS["hidden_size"])
         kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
         if head_dim is None and hidden_size % heads:
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads {heads}")
-        attention_bias = _one_of("attention_bias", config.get("attention_bias") or False, (True, False)) and family in (
+        attention_bias = one_of("attention_bias", config.get("attention_bias") or False, (True, False)) and family in (
             "llama",
             "qwen3",
         )
@@ -290,16 +157,16 @@ class ModelConfig:
         return cls(
             model_type=family,
             hidden_size=hidden_size,
-            num_layers=_integer("num_hidden_layers", config.get("num_hidden_layers"), *_MODEL_LIMITS["num_layers"]),
+            num_layers=integer("num_hidden_layers", config.get("num_hidden_layers"), *_MODEL_LIMITS["num_layers"]),
             num_qo_heads=heads,
-            num_kv_heads=heads if kv_heads is None else _integer("num_key_value_heads", kv_heads, 1, heads),
+            num_kv_heads=heads if kv_heads is None else integer("num_key_value_heads", kv_heads, 1, heads),
             head_dim=hidden_size // heads if head_dim is None else head_dim,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_dict(config),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=_one_of("mlp_bias", config.get("mlp_bias") or False, (True, False)),
+            mlp_bias=one_of("mlp_bias", config.get("mlp_bias") or False, (True, False)),
             qk_norm=family == "qwen3",
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             eos_token_ids=tuple(eos),
@@ -331,8 +198,8 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any]) -> None:
         refuse("layer_types", " (each must be 'full_attention')")
     if config.get("sliding_window") is None:
         return
-    longest = _integer("max_position_embeddings", config["max_position_embeddings"], 1, 2**62)
-    in_use = _integer("sliding_window", config["sliding_window"], 1, 2**62) < longest
+    longest = integer("max_position_embeddings", config["max_position_embeddings"], 1, 2**62)
+    in_use = integer("sliding_window", config["sliding_window"], 1, 2**62) < longest
     if family.startswith("qwen"):  # only if asked for, and not for the first `max_window_layers`
         num_full, num_layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
         all_full = isinstance(num_full, int) and isinstance(num_layers, int) and num_full >= num_layers
@@ -377,13 +244,13 @@ class EngineConfig:
         object.__setattr__(self, "device", _name(self.device))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {shown(self.device)}")
-        object.__setattr__(self, "dtype", _one_of("dtype", _name(self.dtype), ("auto", *DTYPE_BYTES)))
-        _one_of("kernels", self.kernels, ("auto", "flashinfer", "reference"))
+        object.__setattr__(self, "dtype", one_of("dtype", _name(self.dtype), ("auto", *DTYPE_BYTES)))
+        one_of("kernels", self.kernels, ("auto", "flashinfer", "reference"))
         for name, (low, high) in _ENGINE_LIMITS.items():
             if getattr(self, name) is not None or name not in ("num_pages", "max_model_len"):
-                object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
-        object.__setattr__(self, "memory_fraction", _number("memory_fraction", self.memory_fraction, 0.0, 1.0))
-        _one_of("prefix_caching", self.prefix_caching, (True, False))
+                object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
+        object.__setattr__(self, "memory_fraction", number("memory_fraction", self.memory_fraction, 0.0, 1.0))
+        one_of("prefix_caching", self.prefix_caching, (True, False))
         if self.max_batch_tokens < self.max_running:
             raise ConfigError(f"max_batch_tokens {self.max_batch_tokens} is below max_running {self.max_running}")
 

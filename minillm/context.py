@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+NOT_GIVEN: Any = None  # a context made by hand leaves out what the layers at hand do not use
+
 
 class Chunk(NamedTuple):
     """Tokens `[start, end)` of one request, computed together in one step: a prefill chunk, or one decode token."""
@@ -131,17 +133,17 @@ class InferenceContext:
     """
 
     kernels: Any  # the module whose functions compute: `flashinfer`, or its twin `minillm.reference`
-    positions: torch.Tensor | None = None  # [num_tokens]
-    qo_indptr: torch.Tensor | None = None  # [num_requests + 1]
-    kv_indptr: torch.Tensor | None = None  # [num_requests + 1]
-    kv_indices: torch.Tensor | None = None  # [kv_indptr[-1]] page ids
-    kv_last_page_len: torch.Tensor | None = None  # [num_requests]
-    batch_indices: torch.Tensor | None = None  # [num_tokens]
-    attention: AttentionPlan | None = None
-    kv_pool: KVPoolLike | None = None
+    positions: torch.Tensor = NOT_GIVEN  # [num_tokens]
+    qo_indptr: torch.Tensor = NOT_GIVEN  # [num_requests + 1]
+    kv_indptr: torch.Tensor = NOT_GIVEN  # [num_requests + 1]
+    kv_indices: torch.Tensor = NOT_GIVEN  # [kv_indptr[-1]] page ids
+    kv_last_page_len: torch.Tensor = NOT_GIVEN  # [num_requests]
+    batch_indices: torch.Tensor = NOT_GIVEN  # [num_tokens]
+    attention: AttentionPlan = NOT_GIVEN
+    kv_pool: KVPoolLike = NOT_GIVEN
     page_manager: PageManagerLike | None = None  # on rank 0 only
     group: Group = field(default_factory=SoloGroup)
-    logits_rows: torch.Tensor | None = None  # [num_logits] int64: the rows to turn into logits; None means all
+    logits_rows: torch.Tensor | None = None  # [num_logits]: the rows to turn into logits; None means all
 
     @property
     def num_tokens(self) -> int:

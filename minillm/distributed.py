@@ -61,9 +61,9 @@ class ProcessGroup:
         store.set_timeout(timedelta(seconds=START_SECONDS))
         try:
             if device.type == "cuda":
-                self._group: Any = dist.ProcessGroupNCCL(store, rank, size)
+                self._group: Any = dist.ProcessGroupNCCL(store, rank, size)  # type: ignore[call-arg]
             else:
-                options = dist.ProcessGroupGloo._Options()
+                options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
                 options._timeout = timedelta(seconds=STEP_SECONDS)
                 self._group = dist.ProcessGroupGloo(store, rank, size, options)

@@ -13,23 +13,27 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
-from reprlib import repr as short
 from typing import Any
 
 from minillm.config import EngineConfig, ModelConfig
 from minillm.detokenizer import OutputText
+from minillm.devices import resolve
 from minillm.distributed import DistributedManager
 from minillm.errors import ConfigError, ContractError, EngineClosedError, EngineDeadError
 from minillm.faults import is_device_fault, is_out_of_memory
 from minillm.intake import Intake
 from minillm.interrupts import deferred_interrupts
-from minillm.loader import ModelLoader, load_tokenizer, pool_size
+from minillm.loader import ModelLoader, load_tokenizer
+from minillm.memory import pool_size
 from minillm.metrics import Observers, StepRecord
 from minillm.page_manager import PageManager
-from minillm.request import FinishReason, Request, RequestOutput, SamplingParams
-from minillm.runner import ModelRunner, StepResult, resolve
+from minillm.protocols import StepPlan
+from minillm.request import FinishReason, Request, RequestOutput
+from minillm.runner import ModelRunner, StepResult
 from minillm.sampler import Sampler
-from minillm.scheduler import Scheduler, StepPlan
+from minillm.sampling_params import SamplingParams
+from minillm.scheduler import Scheduler
+from minillm.validation import shown
 
 MAX_RETRIES = 3  # of a step that ran out of memory, each with half the tokens
 OTHER_OPTIONS = ("tokenizer", "weights", "observers", "page_manager", "scheduler", "sampler")
@@ -70,7 +74,7 @@ class LLMEngine:
         self._is_closed = True  # until everything below exists
         config = EngineConfig.from_options(OTHER_OPTIONS, **options)
         if weights not in ("checkpoint", "random"):
-            raise ConfigError(f"weights must be 'checkpoint' or 'random', got {short(weights)}")
+            raise ConfigError(f"weights must be 'checkpoint' or 'random', got {shown(weights)}")
         if isinstance(model, ModelConfig) and weights != "random":
             raise ConfigError("a ModelConfig names no checkpoint: pass weights='random' with it")
         loader = ModelLoader(model)
@@ -82,7 +86,7 @@ class LLMEngine:
         self.distributed = DistributedManager(loader, config, is_random)
         try:
             distributed = self.distributed
-            self.runner = ModelRunner(loader, config, distributed.group, distributed.announce, is_random)
+            self.runner: Any = ModelRunner(loader, config, distributed.group, distributed.announce, is_random)
             memory = self.runner.warm_up()
             num_pages, max_model_len = pool_size(config, loader.config, self.runner.bytes_per_page, memory)
             self.config = config = replace(config, num_pages=num_pages, max_model_len=max_model_len)

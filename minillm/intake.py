@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Sequence
-from numbers import Integral
-from reprlib import repr as short
 from typing import Any
+
+import numpy as np
 
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import InvalidRequestError
-from minillm.request import Request, SamplingParams, check_fits
+from minillm.request import Request
+from minillm.sampling_params import SamplingParams, check_fits
+from minillm.validation import shown
 
 SAMPLE_STRIDE = 0x9E3779B97F4A7C15  # odd: the samples of a prompt get seeds that are far apart
 
@@ -45,7 +47,7 @@ class Intake:
         elif isinstance(prompt, (list, tuple, range)) or getattr(prompt, "ndim", None) == 1:
             token_ids = list(prompt)
         else:
-            raise InvalidRequestError(f"a prompt must be text or a list of token ids, got {short(prompt)}")
+            raise InvalidRequestError(f"a prompt must be text or a list of token ids, got {shown(prompt)}")
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: there is nothing to continue")
         longest = (self.config.max_model_len or 0) - 1
@@ -56,10 +58,10 @@ class Intake:
             )
         vocab_size = self.model_config.vocab_size
         for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-                raise InvalidRequestError(f"token ids must be integers, got {short(token_id)}")
+            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
+                raise InvalidRequestError(f"token ids must be integers, got {shown(token_id)}")
             if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(f"token id {short(int(token_id))} is outside the vocabulary of {vocab_size}")
+                raise InvalidRequestError(f"token id {shown(int(token_id))} is outside the vocabulary of {vocab_size}")
         return [int(token_id) for token_id in token_ids]
 
     def requests(
@@ -77,13 +79,13 @@ class Intake:
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"params must be SamplingParams, got {short(params)}")
+            raise InvalidRequestError(f"params must be SamplingParams, got {shown(params)}")
         if request_id is None:
             request_id = next(name for i in self._numbers if (name := f"request-{i}") not in taken)
         if not isinstance(request_id, str) or not request_id:
-            raise InvalidRequestError(f"request_id must be a non-empty string, got {short(request_id)}")
+            raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
         if on_token is not None and not callable(on_token):
-            raise InvalidRequestError(f"on_token must be callable, got {short(on_token)}")
+            raise InvalidRequestError(f"on_token must be callable, got {shown(on_token)}")
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and this engine has none")
         vocab_size = self.model_config.vocab_size

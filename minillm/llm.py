@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from reprlib import repr as short
 from typing import Any
 
 from minillm.engine import LLMEngine
 from minillm.errors import InvalidRequestError
-from minillm.request import Request, RequestOutput, SamplingParams
+from minillm.request import Request, RequestOutput
+from minillm.sampling_params import SamplingParams
+from minillm.validation import shown
 
 Prompt = str | Sequence[int]
 
@@ -122,7 +123,7 @@ class LLM:
             isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
         ):
             raise InvalidRequestError(
-                f"messages must be a list of dicts with 'role' and 'content', got {short(messages)}"
+                f"messages must be a list of dicts with 'role' and 'content', got {shown(messages)}"
             )
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -142,12 +143,12 @@ class LLM:
         self.close()
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
+def as_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt (text, or token ids) or a list of them."""
     if isinstance(prompts, str) or getattr(prompts, "ndim", None) == 1:
         return [prompts]
     if not isinstance(prompts, (list, tuple, range)):
-        raise InvalidRequestError(f"prompts must be text, token ids, or a list of those, got {short(prompts)}")
+        raise InvalidRequestError(f"prompts must be text, token ids, or a list of those, got {shown(prompts)}")
     is_tokens = bool(prompts) and not any(
         isinstance(p, (str, list, tuple, range)) or (hasattr(p, "ndim") and p.ndim) for p in prompts
     )

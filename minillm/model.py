@@ -6,6 +6,8 @@ frequencies are scaled, whether the embedding is also the output head), all of w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -106,7 +108,7 @@ class CausalLM(nn.Module):
         num_positions = num_positions or config.max_position_embeddings
         cos_sin = cos_sin_cache(config.rope, config.head_dim, num_positions, device)
         self.embedding = VocabParallel(config.vocab_size, config.hidden_size, group, device, dtype)
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
             DecoderLayer(config, i, cos_sin, group, device, dtype) for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)

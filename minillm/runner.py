@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 
-from minillm.config import EngineConfig, ModelConfig
+from minillm.config import EngineConfig
 from minillm.context import BatchArrays, Chunk, Group, InferenceContext
-from minillm.errors import ConfigError
-from minillm.loader import MemoryReport, ModelLoader, warm_up
+from minillm.devices import load_kernels
+from minillm.loader import ModelLoader
+from minillm.memory import MemoryReport, warm_up
 from minillm.model import CausalLM
 from minillm.page_manager import KVPool, PageManager
 from minillm.page_protocol import PageManagerProtocol, check_batch_arrays
+from minillm.protocols import SampledTokens, SamplerProtocol, StepPlan
 from minillm.request import Request
-from minillm.sampler import SampledTokens, SamplerProtocol
-from minillm.scheduler import StepPlan
-from minillm.wrappers import WrapperManager, load_kernels
-
-
-def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """The config with `device` and `dtype` decided.
-
-    `device="auto"` is `MINILLM_DEVICE` if set, else CUDA where it is usable, else the CPU. `dtype="auto"` is float32
-    on a CPU, and on CUDA the checkpoint's, but for float32, which FlashInfer does not serve: bfloat16 then, with a
-    notice.
-    """
-    name = config.device
-    if name == "auto":
-        name = os.environ.get("MINILLM_DEVICE", "auto")
-        config = replace(config, device=name)  # checks it
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise ConfigError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} usable GPUs here")
-        name = f"cuda:{index}"
-    dtype = config.dtype
-    if dtype == "auto" and name == "cpu":
-        dtype = "float32"
-    elif dtype == "auto":
-        dtype = model.dtype
-        if dtype == "float32":
-            warnings.warn("the checkpoint is float32: computing in bfloat16, which GPU kernels serve", stacklevel=2)
-            dtype = "bfloat16"
-    return replace(config, device=name, dtype=dtype)
+from minillm.wrappers import WrapperManager
 
 
 @dataclass(frozen=True)
@@ -91,6 +61,8 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = load_kernels(config.kernels, self.device)
         num_positions = config.max_model_len or loader.config.max_position_embeddings
+        on_meta = CausalLM(loader.config, "meta", self.dtype, group, num_positions=1)  # shapes without memory
+        loader.check(on_meta.weight_slots(), self.device)
         self.model = CausalLM(loader.config, self.device, self.dtype, group, num_positions)
         loader.load_weights(self.model.weight_slots(), config.seed if random_weights else None)
         self.num_kv_heads = loader.config.num_kv_heads // group.size
@@ -103,7 +75,6 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
-        self.kv_pool: KVPool | None = None
 
     @property
     def bytes_per_page(self) -> int:
@@ -117,7 +88,7 @@ class ModelRunner:
         """Make the K/V tensors, on every rank; the ones before are dropped first."""
         self.announce("pool", num_pages)
         shape = self.model.config
-        self.kv_pool = None
+        self.kv_pool: Any = None  # gives the memory back before it is taken anew
         self.kv_pool = KVPool(
             shape.num_layers,
             num_pages,
@@ -138,7 +109,7 @@ class ModelRunner:
 
         def run_step(num_tokens: int) -> None:
             pages = PageManager(self.kv_pool.num_pages, page_size, prefix_caching=False)
-            chunks = []
+            chunks: list[Chunk] = []
             for index, length in enumerate(lengths):
                 length = min(length, num_tokens - sum(chunk.end for chunk in chunks))
                 if length > 0:

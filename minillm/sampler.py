@@ -9,33 +9,15 @@ it was scheduled, or on whether it was preempted. (Parallel random numbers as a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from minillm.filters import filtered_probs, penalize
+from minillm.protocols import SampledTokens
 from minillm.request import Request
 
-
-@dataclass(frozen=True)
-class SampledTokens:
-    """What was drawn for each row: plain lists, on the host."""
-
-    token_ids: list[int]
-    is_valid: list[bool]  # False: the row's logits are not finite numbers, its token means nothing
-    logprobs: list[dict[int, float] | None]  # of the rows whose request asks for them
-
-
-class SamplerProtocol(Protocol):
-    """What the engine asks of a sampler: implement this and pass the class as `LLM(..., sampler=...)`.
-
-    It is made as `Sampler(vocab_size)`.
-    """
-
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> SampledTokens:
-        """Draw the next token of each request from its row of `logits` `[len(requests), vocab_size]`."""
-        ...
+MIN_TEMPERATURE = 1e-30  # below it, and above its inverse, nothing changes any more; float32 holds both
 
 
 class Sampler:
@@ -74,8 +56,10 @@ class Sampler:
             for row, request in zip(logits, requests, strict=True):
                 if request.params.repetition_penalty != 1:
                     penalize(row, request.token_ids, request.params.repetition_penalty)
-        # A greedy row divides by 1 here and takes the largest below.
-        logits = logits / column([p.temperature or 1.0 for p in params])
+        # A greedy row divides by 1 here and takes the largest below. With the largest at 0, no quotient overflows.
+        temperatures = [min(max(p.temperature, MIN_TEMPERATURE), 1 / MIN_TEMPERATURE) for p in params]
+        logits = logits - logits.amax(-1, keepdim=True)
+        logits = logits / column([t if p.temperature else 1.0 for t, p in zip(temperatures, params, strict=True)])
         probs = filtered_probs(
             torch.softmax(logits, dim=-1),
             [p.top_k for p in params],
@@ -86,55 +70,6 @@ class Sampler:
         token_ids = draw(probs, torch.from_numpy(uniforms).to(logits.device))
         greedy = torch.tensor([p.temperature == 0 for p in params], device=logits.device)
         return torch.where(greedy, logits.argmax(dim=-1), token_ids).tolist()
-
-
-def penalize(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> None:
-    """Make the tokens that occurred less likely, in place: divide their positive logits, multiply their negative ones.
-
-    `logits` is `[vocab_size]` float32. Source: CTRL, https://arxiv.org/abs/1909.05858.
-    """
-    seen = torch.tensor(sorted(set(token_ids)), device=logits.device)
-    values = logits[seen]
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-
-
-def filtered_probs(
-    probs: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]
-) -> torch.Tensor:
-    """Zero what top-k, then top-p, then min-p exclude, each on what the one before left, renormalised.
-
-    Args:
-        probs: `[num_rows, vocab_size]` float32.
-        top_k, top_p, min_p: one for each row; 0, 1.0 and 0.0 are off.
-
-    Returns:
-        `[num_rows, vocab_size]`, rows not renormalised. Each filter is a threshold, so that equal probabilities live
-        or die together and the result does not depend on how a sort breaks ties.
-    """
-    vocab_size = probs.shape[-1]
-
-    def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=probs.device).unsqueeze(-1)
-
-    if any(top_k) or any(p < 1 for p in top_p):
-        most = max(min(k or vocab_size, vocab_size) for k in top_k)  # no row keeps more, ties aside
-        ordered = (
-            torch.topk(probs, most, dim=-1).values if most < vocab_size else probs.sort(-1, descending=True).values
-        )
-        last = column([min(k or vocab_size, vocab_size) - 1 for k in top_k], torch.int64)
-        threshold = ordered.gather(-1, last)
-        ordered = ordered.where(ordered >= threshold, 0)
-        # Top-p keeps a token while those before it do not yet add up to p (of what top-k left).
-        before = ordered.cumsum(-1) - ordered
-        kept = before < column(top_p, torch.float32) * ordered.sum(-1, keepdim=True)
-        kept |= column([p == 1 for p in top_p], torch.bool)  # the sum must not cut what rounding pushed past 1
-        kept &= ordered >= threshold
-        threshold = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)
-        probs = probs.where(probs >= threshold, 0)
-    if any(min_p):
-        threshold = column(min_p, torch.float32) * probs.amax(-1, keepdim=True)
-        probs = probs.where(probs >= threshold, 0)
-    return probs
 
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -12,69 +12,21 @@ It runs without a model.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from minillm.context import Chunk
 from minillm.errors import ContractError, OutOfPagesError
 from minillm.page_protocol import PageManagerProtocol, check_num_cached
-from minillm.request import Request, Status, check_fits
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step computes: `chunks[i]` is of `requests[i]`; decodes come before prefill chunks.
-
-    Rows of a request whose chunk reaches its last token give logits, of which the next token is drawn.
-    """
-
-    requests: Sequence[Request]
-    chunks: Sequence[Chunk]
-    num_tokens: int
-    num_decodes: int  # the first so many chunks are one token of a request past its prompt
-    preempted: Sequence[str] = ()  # ids of requests put back to the queue while planning
-    num_prefix_hit_tokens: int = 0  # tokens that requests admitted in this step found in the prefix cache
-
-    def __bool__(self) -> bool:
-        return bool(self.chunks)
-
-
-class SchedulerProtocol(Protocol):
-    """What the engine asks of a scheduler: implement these and pass the class as `LLM(..., scheduler=...)`.
-
-    It is made as `Scheduler(page_manager, max_running=, max_batch_tokens=)`.
-    """
-
-    @property
-    def num_waiting(self) -> int: ...
-
-    @property
-    def num_running(self) -> int: ...
-
-    def add(self, request: Request) -> None:
-        """Take a new request."""
-        ...
-
-    def schedule(self, max_tokens: int | None = None) -> StepPlan:
-        """Plan the next step, with at most `max_tokens` tokens; an empty plan when there is nothing to do."""
-        ...
-
-    def complete(self, plan: StepPlan) -> None:
-        """Take note that the plan's tokens have been computed."""
-        ...
-
-    def finish(self, request: Request) -> None:
-        """Forget a request, wherever it stands, and give up its pages."""
-        ...
+from minillm.protocols import StepPlan
+from minillm.request import Request, Status
+from minillm.sampling_params import check_fits
 
 
 class Scheduler:
     """First come, first served, with a budget of tokens per step.
 
     Each running request gets its next tokens, oldest first; what is left of the budget goes to requests from the
-    queue. When pages run out, the youngest running request is preempted: its pages are freed, and it goes back to the head of the
-    queue, to be computed again (its prefix may still be cached by then).
+    queue. When pages run out, the youngest running request is preempted: its pages are freed, and it goes back to the
+    head of the queue, to be computed again (its prefix may still be cached by then).
 
     Args:
         page_manager: where room for tokens comes from.

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minillm.config import read_json, shown
+from minillm.config import read_json
 from minillm.errors import CheckpointError
+from minillm.validation import shown
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""WrapperManager: FlashInfer's wrappers, planned once per step; and the choice between FlashInfer and its twin.
+"""WrapperManager: FlashInfer's wrappers, planned once per step.
 
 FlashInfer splits attention in two: `plan()` looks at the lengths of the batch on the host and decides how to spread
 the work over the device; `run()` then does it, once for each layer (https://arxiv.org/abs/2501.01005). Which wrapper
@@ -7,9 +7,6 @@ serves a step is decided here and hidden behind the `AttentionPlan` of the step'
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,35 +15,9 @@ import numpy as np
 import torch
 
 from minillm.context import AttentionPlan, BatchArrays
-from minillm.errors import KernelsUnavailableError
 
 WORKSPACE_BYTES = 128 * 2**20  # what FlashInfer's documentation recommends
 CUDA_CORE_GROUPS = frozenset({1, 2, 3, 4, 6, 8, 16})  # query heads per KV head that its plain decode kernel serves
-
-
-def load_kernels(name: str, device: torch.device) -> Any:
-    """The module whose functions compute: `flashinfer` on CUDA, its twin `minillm.reference` elsewhere.
-
-    Args:
-        name: `"flashinfer"`, `"reference"`, or `"auto"`: FlashInfer if the device is a GPU and it is installed.
-
-    Raises:
-        KernelsUnavailableError: FlashInfer is asked for where it cannot run.
-    """
-    on_gpu = device.type == "cuda"
-    installed = importlib.util.find_spec("flashinfer") is not None
-    if name == "flashinfer" and not on_gpu:
-        raise KernelsUnavailableError(f"kernels='flashinfer' needs an NVIDIA GPU; the engine's device is {device}")
-    if name == "flashinfer" and not installed:
-        raise KernelsUnavailableError("kernels='flashinfer' needs FlashInfer: pip install 'minillm[gpu]'")
-    if name == "auto" and on_gpu and not installed:
-        warnings.warn(
-            "FlashInfer is not installed, so attention runs on its slow twin in plain PyTorch: "
-            "pip install 'minillm[gpu]'",
-            stacklevel=2,
-        )
-    use_flashinfer = name == "flashinfer" or (name == "auto" and on_gpu and installed)
-    return importlib.import_module("flashinfer" if use_flashinfer else "minillm.reference")
 
 
 @dataclass(frozen=True)

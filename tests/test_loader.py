@@ -13,18 +13,12 @@ from checkpoints import FAMILIES, all_tensors, byte_tokenizer, edit_tensors, slo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm import loader
+from minillm import loader as loader_module
+from minillm import memory as memory_module
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import CheckpointError, ConfigError
-from minillm.loader import (
-    MemoryReport,
-    ModelLoader,
-    find_checkpoint,
-    load_tokenizer,
-    num_pages_that_fit,
-    pool_size,
-    warm_up,
-)
+from minillm.loader import ModelLoader, find_checkpoint, load_tokenizer
+from minillm.memory import MemoryReport, num_pages_that_fit, pool_size, warm_up
 from minillm.model import CausalLM
 from minillm.weights import WeightSlot, load_weights, random_weights
 
@@ -166,7 +160,7 @@ def test_names_resolve_to_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "org" / "model").mkdir(parents=True)
     for name in ("org/model", "./org/model", Path("org/model"), tmp_path / "org/model", "~/org/model"):
         assert find_checkpoint(name).resolve() == (tmp_path / "org/model").resolve()
-    monkeypatch.setattr(loader, "BUNDLED_MODEL", tmp_path)
+    monkeypatch.setattr(loader_module, "BUNDLED_MODEL", tmp_path)
     with pytest.raises(CheckpointError, match="bundled"):
         find_checkpoint(None)
     (tmp_path / "config.json").touch()
@@ -314,7 +308,7 @@ def test_a_machine_that_tells_nothing_of_its_memory_sets_no_limit(monkeypatch: p
     def unknown(_: str) -> int:
         raise ValueError("unrecognized configuration name")
 
-    free, total = loader.device_memory(CPU)
+    free, total = memory_module.device_memory(CPU)
     assert 0 < free <= total
-    monkeypatch.setattr(loader, "os", SimpleNamespace(sysconf=unknown))
-    assert loader.device_memory(CPU) == (2**62, 2**62)
+    monkeypatch.setattr(memory_module, "os", SimpleNamespace(sysconf=unknown))
+    assert memory_module.device_memory(CPU) == (2**62, 2**62)

@@ -101,8 +101,10 @@ def train_tokenizer(stories: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(stories, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, special_tokens=[END], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(stories, trainer)
     return tokenizer
 
 
@@ -205,7 +207,7 @@ def build_optimizers(model: Qwen3ForCausalLM, settings: Settings) -> list[torch.
     rate, decay = settings.learning_rate, settings.weight_decay
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     scales = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": [model.model.embed_tokens.weight]}, {"params": scales, "weight_decay": 0.0}]
+    groups: list[dict] = [{"params": [model.model.embed_tokens.weight]}, {"params": scales, "weight_decay": 0.0}]
     muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, lr=rate, weight_decay=decay, betas=(0.9, 0.95))]
 
@@ -230,22 +232,22 @@ def held_out_loss(model: Qwen3ForCausalLM, tokenizer: Tokenizer, stories: list[s
     window = model.config.max_position_embeddings
     windows = []  # pairs of inputs and targets; -100 marks what does not count
     for encoding in tokenizer.encode_batch(stories):
-        ids = np.array([END_ID, *encoding.ids, END_ID])
+        story = np.array([END_ID, *encoding.ids, END_ID])
         predicted = 0  # targets up to here have been counted
-        for start in range(0, max(1, len(ids) - 1 - window + stride), stride):
-            end = min(start + window, len(ids) - 1)
+        for start in range(0, max(1, len(story) - 1 - window + stride), stride):
+            end = min(start + window, len(story) - 1)
             x, y = np.full(window, END_ID), np.full(window, -100)
-            x[: end - start] = ids[start:end]
-            y[predicted - start : end - start] = ids[predicted + 1 : end + 1]
+            x[: end - start] = story[start:end]
+            y[predicted - start : end - start] = story[predicted + 1 : end + 1]
             windows.append((x, y))
             predicted = end
     model.eval()
     nats, tokens = 0.0, 0
     for i in range(0, len(windows), 32):
-        x, y = torch.tensor(np.array(windows[i : i + 32]), device=model.device).unbind(1)
-        logits = model(x, use_cache=False).logits.float()
-        nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
-        tokens += int((y >= 0).sum())
+        ids, labels = torch.tensor(np.array(windows[i : i + 32]), device=model.device).unbind(1)
+        logits = model(ids, use_cache=False).logits.float()
+        nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        tokens += int((labels >= 0).sum())
     return {"nats_per_character": nats / sum(map(len, stories)), "nats_per_token": nats / tokens}
 
 
@@ -290,7 +292,8 @@ def train(settings: Settings, stories: list[str], device: torch.device) -> tuple
     forward = torch.compile(model) if on_gpu else model
     every = max(1, settings.steps // settings.evaluations)
     story_steps = {every, 3 * every, 6 * every, settings.second_phase, settings.steps}
-    curve, samples, nats = [], [], torch.zeros((), device=device)
+    curve: list[dict] = []
+    samples, nats = [], torch.zeros((), device=device)
     for step, batch in enumerate(batches(settings, tokenizer, training), start=1):
         model.train()
         tokens = torch.from_numpy(batch).to(device)
@@ -307,23 +310,18 @@ def train(settings: Settings, stories: list[str], device: torch.device) -> tuple
         nats += loss.detach()
         if step % every == 0 or step == settings.steps:
             measured = held_out_loss(model, tokenizer, held_out, settings.context)
-            point = {"step": step, "phase": 1 + (step > settings.second_phase)}
-            point["training_nats_per_token"] = nats.item() / (step - (curve[-1]["step"] if curve else 0))
+            mean = nats.item() / (step - (curve[-1]["step"] if curve else 0))
+            point = {"step": step, "phase": 1 + (step > settings.second_phase), "training_nats_per_token": mean}
             curve.append(point | {f"held_out_{name}": value for name, value in measured.items()})
             nats.zero_()
             print(json.dumps(curve[-1]), flush=True)
         if step in story_steps:
             text, _, _ = tell(model, tokenizer, PROMPT, 1, settings.context // 4, seed=1)[0]
             samples.append({"step": step, "text": text})
-    history = {
-        "seconds": round(time.perf_counter() - began, 1),
-        "parameters": model.num_parameters(),
-        "training_stories": len(training),
-        "training_tokens": sum(len(encoding.ids) for encoding in tokenizer.encode_batch(training)),
-        "curve": curve,
-        "samples": samples,
-    }
-    return model, tokenizer, history
+    history = {"seconds": round(time.perf_counter() - began, 1), "parameters": model.num_parameters()}
+    history["training_stories"] = len(training)
+    history["training_tokens"] = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(training))
+    return model, tokenizer, history | {"curve": curve, "samples": samples}
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:

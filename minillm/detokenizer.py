@@ -18,7 +18,12 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]):
         self.tokenizer = tokenizer
-        self.window = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        start = max(len(prompt_token_ids) - CONTEXT_TOKENS, 0)
+        self.window = list(prompt_token_ids[start:])
+        # A window of two halves of characters would look like nothing but an unfinished one.
+        while 0 < start and len(self.window) < 2 * CONTEXT_TOKENS and self._decode().startswith(UNFINISHED):
+            start -= 1
+            self.window.insert(0, prompt_token_ids[start])
         self.num_emitted = len(self._decode().rstrip(UNFINISHED))  # characters of the window's text
 
     def _decode(self) -> str:

@@ -107,10 +107,10 @@ class Group(Protocol):
 
 
 class SoloGroup:
-    """The group of one rank: nothing to communicate."""
+    """The group of one rank: nothing to communicate. With a larger `size`, it only serves to see rank 0's shapes."""
 
-    rank = 0
-    size = 1
+    def __init__(self, size: int = 1):
+        self.rank, self.size = 0, size
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x

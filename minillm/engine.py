@@ -19,7 +19,7 @@ from minillm.config import EngineConfig, ModelConfig
 from minillm.detokenizer import OutputText
 from minillm.devices import resolve
 from minillm.distributed import DistributedManager
-from minillm.errors import ConfigError, ContractError, EngineClosedError, EngineDeadError
+from minillm.errors import ContractError, EngineClosedError, EngineDeadError
 from minillm.faults import is_device_fault, is_out_of_memory
 from minillm.intake import Intake
 from minillm.interrupts import deferred_interrupts
@@ -33,7 +33,7 @@ from minillm.runner import ModelRunner, StepResult
 from minillm.sampler import Sampler
 from minillm.sampling_params import SamplingParams
 from minillm.scheduler import Scheduler
-from minillm.validation import shown
+from minillm.startup import check_factories, check_model, check_options, make_part
 
 MAX_RETRIES = 3  # of a step that ran out of memory, each with half the tokens
 OTHER_OPTIONS = ("tokenizer", "weights", "observers", "page_manager", "scheduler", "sampler")
@@ -73,16 +73,15 @@ class LLMEngine:
     ):
         self._is_closed = True  # until everything below exists
         config = EngineConfig.from_options(OTHER_OPTIONS, **options)
-        if weights not in ("checkpoint", "random"):
-            raise ConfigError(f"weights must be 'checkpoint' or 'random', got {shown(weights)}")
-        if isinstance(model, ModelConfig) and weights != "random":
-            raise ConfigError("a ModelConfig names no checkpoint: pass weights='random' with it")
+        check_options(model, weights, tokenizer, observers)
+        check_factories(page_manager=page_manager, scheduler=scheduler, sampler=sampler)
         loader = ModelLoader(model)
         if isinstance(tokenizer, str):
             tokenizer = loader.load_tokenizer() if tokenizer == "auto" else load_tokenizer(tokenizer)
         self.model_config, self.tokenizer = loader.config, tokenizer
         config = resolve(config, loader.config)
         is_random = weights == "random"
+        check_model(loader, config, is_random)
         self.distributed = DistributedManager(loader, config, is_random)
         try:
             distributed = self.distributed
@@ -91,15 +90,15 @@ class LLMEngine:
             num_pages, max_model_len = pool_size(config, loader.config, self.runner.bytes_per_page, memory)
             self.config = config = replace(config, num_pages=num_pages, max_model_len=max_model_len)
             self.runner.make_pool(num_pages)
+            pages = (num_pages, config.page_size, config.prefix_caching)
+            self.page_manager = make_part("PageManager", page_manager, *pages)
+            limits = {"max_running": config.max_running, "max_batch_tokens": config.max_batch_tokens}
+            self.scheduler = make_part("Scheduler", scheduler, self.page_manager, **limits)
+            self.sampler = make_part("Sampler", sampler, loader.config.vocab_size)
         except BaseException:
             self.distributed.close()
             raise
         self.memory = replace(memory, kv_bytes=self.runner.kv_pool.num_bytes)
-        self.page_manager = page_manager(num_pages, config.page_size, config.prefix_caching)
-        self.scheduler = scheduler(
-            self.page_manager, max_running=config.max_running, max_batch_tokens=config.max_batch_tokens
-        )
-        self.sampler = sampler(loader.config.vocab_size)
         self.observers = Observers(observers)
         self.intake = Intake(tokenizer, loader.config, config)
         self._requests: dict[str, Request] = {}  # unfinished, by internal id

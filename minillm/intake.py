@@ -12,7 +12,7 @@ from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import InvalidRequestError
 from minillm.request import Request
 from minillm.sampling_params import SamplingParams, check_fits
-from minillm.validation import shown
+from minillm.validation import first_line, shown
 
 SAMPLE_STRIDE = 0x9E3779B97F4A7C15  # odd: the samples of a prompt get seeds that are far apart
 
@@ -41,14 +41,15 @@ class Intake:
             if self.tokenizer is None:
                 raise InvalidRequestError("this engine has no tokenizer: give the prompt as token ids")
             try:
-                token_ids = list(self.tokenizer.encode(prompt))
+                token_ids: Any = list(self.tokenizer.encode(prompt))
             except Exception as error:
-                raise InvalidRequestError(f"the tokenizer cannot encode the prompt: {error}") from error
+                reason = first_line(error)
+                raise InvalidRequestError(f"the tokenizer cannot encode the prompt: {reason}") from error
         elif isinstance(prompt, (list, tuple, range)) or getattr(prompt, "ndim", None) == 1:
-            token_ids = list(prompt)
+            token_ids = prompt  # not copied before its length is known
         else:
             raise InvalidRequestError(f"a prompt must be text or a list of token ids, got {shown(prompt)}")
-        if not token_ids:
+        if len(token_ids) == 0:
             raise InvalidRequestError("the prompt is empty: there is nothing to continue")
         longest = (self.config.max_model_len or 0) - 1
         if len(token_ids) > longest:
@@ -57,6 +58,7 @@ class Intake:
                 "room for an output token"
             )
         vocab_size = self.model_config.vocab_size
+        token_ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids  # an array, or a tensor
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
                 raise InvalidRequestError(f"token ids must be integers, got {shown(token_id)}")

@@ -145,9 +145,9 @@ class LLM:
 
 def as_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt (text, or token ids) or a list of them."""
-    if isinstance(prompts, str) or getattr(prompts, "ndim", None) == 1:
+    if isinstance(prompts, (str, range)) or getattr(prompts, "ndim", None) == 1:
         return [prompts]
-    if not isinstance(prompts, (list, tuple, range)):
+    if not isinstance(prompts, (list, tuple)):
         raise InvalidRequestError(f"prompts must be text, token ids, or a list of those, got {shown(prompts)}")
     is_tokens = bool(prompts) and not any(
         isinstance(p, (str, list, tuple, range)) or (hasattr(p, "ndim") and p.ndim) for p in prompts

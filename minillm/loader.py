@@ -14,7 +14,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError
 from minillm.memory import device_memory, gib
-from minillm.validation import shown
+from minillm.validation import first_line, shown
 from minillm.weights import WeightSlot, check_headers, load_weights, random_weights, read_headers
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "story-6m"
@@ -33,12 +33,12 @@ class ModelLoader:
         self.folder = None if isinstance(model, ModelConfig) else find_checkpoint(model)
         self.config = model if isinstance(model, ModelConfig) else ModelConfig.from_hf(self.folder or "")
 
-    def check(self, slots: Mapping[str, WeightSlot], device: torch.device) -> None:
+    def check(self, slots: Mapping[str, WeightSlot], device: torch.device, random_weights: bool = False) -> None:
         """Raise, before memory is taken, what is wrong with the weights, or that they do not fit on the device.
 
         The slots are of a model on PyTorch's "meta" device, which has shapes but no memory.
         """
-        if self.folder is not None:
+        if self.folder is not None and not random_weights:
             check_headers(read_headers(self.folder), slots, self.folder)
         needed = sum(slot.target.numel() * slot.target.element_size() for slot in slots.values())
         if needed > (free := device_memory(device)[0]):
@@ -92,10 +92,9 @@ def _download(name: str) -> Path:
             )
         )
     except Exception as error:  # a dozen types from four libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"model {shown(name)} is not an existing folder (looked in {Path.cwd()}), and the Hugging Face hub did "
-            f"not give it: {reason}"
+            f"not give it: {first_line(error)}"
         ) from error
 
 
@@ -111,5 +110,4 @@ def load_tokenizer(folder: str | PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and sentencepiece raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -103,6 +103,21 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
+def check_sizes(config: EngineConfig, model: ModelConfig, page_bytes: int, free_bytes: int) -> None:
+    """Raise `ConfigError` for a `max_model_len` or `num_pages`, where they are given, that cannot be had."""
+    if (config.max_model_len or 0) > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model's max_position_embeddings, "
+            f"{model.max_position_embeddings}"
+        )
+    needed = ((config.num_pages or 0) + 1) * page_bytes
+    if needed > free_bytes:
+        raise ConfigError(
+            f"num_pages {config.num_pages} of {page_bytes} bytes (and one for padding) take {gib(needed)}, but "
+            f"{config.device} has {gib(free_bytes)} free; give a smaller num_pages or max_model_len"
+        )
+
+
 def pool_size(config: EngineConfig, model: ModelConfig, page_bytes: int, memory: MemoryReport) -> tuple[int, int]:
     """The KV pool's `num_pages`, and the `max_model_len` that it allows.
 
@@ -111,10 +126,6 @@ def pool_size(config: EngineConfig, model: ModelConfig, page_bytes: int, memory:
     holds. Raises `ConfigError` if the pool cannot be had.
     """
     longest = config.max_model_len or model.max_position_embeddings
-    if longest > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {longest} is more than the model's max_position_embeddings, {model.max_position_embeddings}"
-        )
     num_pages = config.num_pages
     if num_pages is None and memory.device.startswith("cuda"):
         num_pages = num_pages_that_fit(
@@ -128,10 +139,5 @@ def pool_size(config: EngineConfig, model: ModelConfig, page_bytes: int, memory:
         pages_each = -(-longest // config.page_size)
         at_least = pages_each if config.max_model_len else 1
         num_pages = max(at_least, min(config.max_running * pages_each, CPU_POOL_BYTES // page_bytes - 1))
-    needed = (num_pages + 1) * page_bytes
-    if needed > memory.free_bytes:
-        raise ConfigError(
-            f"num_pages {num_pages} of {page_bytes} bytes (and one for padding) take {gib(needed)}, but "
-            f"{memory.device} has {gib(memory.free_bytes)} free; give a smaller num_pages or max_model_len"
-        )
+    check_sizes(replace(config, num_pages=num_pages), model, page_bytes, memory.free_bytes)
     return num_pages, min(longest, num_pages * config.page_size)

@@ -61,8 +61,6 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = load_kernels(config.kernels, self.device)
         num_positions = config.max_model_len or loader.config.max_position_embeddings
-        on_meta = CausalLM(loader.config, "meta", self.dtype, group, num_positions=1)  # shapes without memory
-        loader.check(on_meta.weight_slots(), self.device)
         self.model = CausalLM(loader.config, self.device, self.dtype, group, num_positions)
         loader.load_weights(self.model.weight_slots(), config.seed if random_weights else None)
         self.num_kv_heads = loader.config.num_kv_heads // group.size

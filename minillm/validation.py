@@ -19,6 +19,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def integer(name: str, value: Any, low: int, high: float = math.inf, error: type[Exception] = ConfigError) -> int:
     """`value` as an int from `low` to `high`; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -40,7 +45,11 @@ def number(
     """`value` as a finite float up to `high`, and above `low` (with `above=False`, at least `low`)."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     is_inside = is_number and (low < value if above else low <= value) and value <= high  # NaN is neither
-    if not is_inside or math.isinf(float(value)):
+    try:
+        is_finite = is_inside and math.isfinite(float(value))
+    except OverflowError:  # an integer beyond any float
+        is_finite = False
+    if not is_finite:
         bounds = f"{'above' if above else 'of at least'} {low:g}" + ("" if high == math.inf else f", at most {high:g}")
         raise error(f"{name} must be a number {bounds}, got {shown(value)}")
     return float(value)

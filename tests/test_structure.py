@@ -52,6 +52,7 @@ STACK = (
     "runner",
     "distributed",
     "faults",
+    "startup",
     "engine",
     "llm",
     "__init__",

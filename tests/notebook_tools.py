@@ -48,7 +48,7 @@ INTRODUCED: dict[str, dict[str, set[str] | None]] = {
         "minillm.lab.contracts": None,
     },
     "03": {"minillm.context": None, "minillm.layers": None, "minillm.lab.globals": None},
-    "04": {"minillm.reference": None, "minillm.wrappers": None},
+    "04": {"minillm.reference": None, "minillm.wrappers": None, "minillm.devices": None},
     "05": {"minillm.lab.bench": None},
     "06": {"minillm.config": None, "minillm.loader": None, "minillm.weights": None},
     "07": {"minillm.model": None, "minillm.runner": None, "minillm.sampler": None},

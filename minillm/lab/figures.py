@@ -1,5 +1,5 @@
 """Every figure of the book. What all have in common is in `style`; figures of pages are in `figures_pages`, of reads
-and writes in `figures_touches`.
+and writes in `figures_touches`, of attention's plans in `figures_plans`.
 
 Each function takes data (recorded events, results, arrays) and returns a `BookFigure`: `figure.numbers` holds what it
 shows, to be asserted in the cell that draws it; `plt.show()` ends the cell.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from matplotlib.ticker import FuncFormatter
 
 from minillm.lab.figures_pages import arrival_order, count_pages, csr_arrays, film_strip, pool
+from minillm.lab.figures_plans import work_plans
 from minillm.lab.figures_touches import Touch, who_touches_what
 from minillm.lab.style import (
     BLUE,
@@ -48,6 +49,7 @@ __all__ = [
     "request_color",
     "stack",
     "who_touches_what",
+    "work_plans",
 ]
 
 # (name, what it does, chapters, x, y, width, height, colour): the boxes of the stack, in a field of 100 by 60.

@@ -36,18 +36,20 @@ EVERYWHERE = {
     "minillm.lab.checks": None,
 }
 INTRODUCED: dict[str, dict[str, set[str] | None]] = {
-    "00": {},
+    "00": {"minillm.metrics": {"Recorder"}, "minillm.protocols": {"SampledTokens"}},
     "01": {
         "minillm.lab.naive": None,
         "minillm.reference": {"single_prefill_with_kv_cache", "single_decode_with_kv_cache"},
     },
     "02": {
         "minillm.page_manager": None,
+        "minillm.page_view": {"PageSnapshot"},
         "minillm.errors": None,
         "minillm.context": {"Chunk", "BatchArrays"},
         "minillm.lab.contracts": None,
+        "minillm.reference": {"append_paged_kv_cache", "get_batch_indices_positions", "get_seq_lens"},
     },
-    "03": {"minillm.context": None, "minillm.layers": None, "minillm.lab.globals": None},
+    "03": {"minillm.context": None, "minillm.layers": None, "minillm.reference": None},
     "04": {"minillm.reference": None, "minillm.wrappers": None, "minillm.devices": None},
     "05": {"minillm.lab.bench": None},
     "06": {"minillm.config": None, "minillm.loader": None, "minillm.weights": None},

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import FuncFormatter
 
+from minillm.lab.figures_memory import Piece, memory_strips, page_sizes
 from minillm.lab.figures_pages import arrival_order, count_pages, csr_arrays, film_strip, pool
 from minillm.lab.figures_plans import work_plans
 from minillm.lab.figures_touches import Touch, who_touches_what
@@ -38,13 +39,16 @@ from minillm.lab.style import (
 
 __all__ = [
     "BookFigure",
+    "Piece",
     "Touch",
     "arrival_order",
     "cost_per_token",
     "count_pages",
     "csr_arrays",
     "film_strip",
+    "memory_strips",
     "new_figure",
+    "page_sizes",
     "pool",
     "request_color",
     "stack",

@@ -125,9 +125,12 @@ def page_sizes(sizes: Sequence[int], empty: Sequence[float], entries: Sequence[f
         axes.plot(sizes, values, color=color, marker=marker, markersize=4, clip_on=False)
         axes.plot([chosen], [values[at]], color=INK, marker="o", markersize=11, markerfacecolor="none", linestyle="")
         for i in (0, at, len(sizes) - 1):
-            side = 1 if values[-1] < values[0] else -1
-            offset = (6 * side, 7) if i != len(sizes) - 1 or side < 0 else (0, 9)
-            align = "left" if offset[0] > 0 else "right" if offset[0] < 0 else "center"
+            if i == 0:
+                offset, align = (6, 7), "left"
+            elif values[-1] > values[0]:
+                offset, align = (-6, 7), "right"
+            else:
+                offset, align = (6, 7), "left" if i == at else "center"
             axes.annotate(text.format(values[i]), (sizes[i], values[i]), offset, textcoords="offset points", ha=align)
         axes.set(title=title, xlabel="tokens a page", ylabel=label)
         axes.set_xscale("log", base=2)

@@ -12,6 +12,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import index
 from os import PathLike
 from typing import Any
 
@@ -25,7 +26,7 @@ from minillm.intake import Intake
 from minillm.interrupts import deferred_interrupts
 from minillm.loader import ModelLoader, load_tokenizer
 from minillm.memory import pool_size
-from minillm.metrics import Observers, StepRecord
+from minillm.metrics import Observers
 from minillm.page_manager import PageManager
 from minillm.protocols import StepPlan
 from minillm.request import FinishReason, Request, RequestOutput
@@ -106,7 +107,7 @@ class LLMEngine:
         self._texts: dict[str, OutputText] = {}  # of requests whose text is wanted as it grows
         self._outputs: dict[str, list[RequestOutput]] = {}  # ended, not delivered yet, by the caller's id
         self._claimed: set[str] = set()  # ids whose outputs `take` will fetch, not `step`
-        self._num_steps = 0
+        self._num_steps, self._is_stepping = 0, False
         self._finished_in_step: list[str] = []
         self._fault: BaseException | None = None
         self._is_closed = False
@@ -136,7 +137,11 @@ class LLMEngine:
     def abort(self, request_id: str) -> None:
         """End a request with `abort`; its output is delivered by the next step. Unknown and ended ids are ignored."""
         for child in list(self._children.get(request_id, ())):
-            self._end(self._requests[child], "abort")
+            try:
+                self._end(self._requests[child], "abort")
+            except Exception as error:
+                self._die(error)
+                raise self._as_contract_error("scheduler or page manager", error) from error
 
     def has_unfinished(self) -> bool:
         """Whether there is work to do or an output that `step` has not delivered."""
@@ -179,8 +184,7 @@ class LLMEngine:
         return request_id in self._children
 
     def take(self, request_id: str) -> list[RequestOutput]:
-        """The outputs of a submitted request, in order of sample; aborts what is unfinished, and forgets the
-        request."""
+        """The outputs of a submitted request, in order of sample; aborts what is unfinished, and forgets it."""
         self.abort(request_id)
         self._claimed.discard(request_id)
         return sorted(self._outputs.pop(request_id, []), key=lambda output: output.sample_index)
@@ -188,18 +192,19 @@ class LLMEngine:
     def advance(self) -> None:
         """Run one step and keep what it gives. An interrupt that arrives meanwhile is raised after it."""
         self._check_usable()
-        with deferred_interrupts():
-            self._advance()
+        if self._is_stepping:
+            raise RuntimeError("a step is running: callbacks and other threads may not start another one")
+        self._is_stepping = True
+        try:
+            with deferred_interrupts():
+                self._advance()
+        finally:
+            self._is_stepping = False
 
     def _advance(self) -> None:
         self._finished_in_step = []
         started = time.perf_counter()
-        try:
-            plan = self.scheduler.schedule()
-            self._check_plan(plan)
-        except Exception as error:
-            self._die(error)
-            raise self._as_contract_error("scheduler or page manager", error) from error
+        plan = self._schedule()
         scheduled = time.perf_counter()
         result, fault = self._run(plan)
         ran = time.perf_counter()
@@ -212,7 +217,8 @@ class LLMEngine:
                 self._die(error)
                 raise self._as_contract_error("scheduler, page manager or sampler", error) from error
         if self.observers:
-            self._tell_step(plan, result, started, scheduled, ran, fault)
+            books = (self.scheduler, self.page_manager, self._finished_in_step)
+            self.observers.tell_step(self._num_steps, plan, result, (started, scheduled, ran), *books, fault)
         self._num_steps += 1
 
     def _run(self, plan: StepPlan) -> tuple[StepResult | None, str | None]:
@@ -232,8 +238,7 @@ class LLMEngine:
                     return None, fault
                 smaller = None
                 if is_out_of_memory(error) and num_retries < MAX_RETRIES and plan.num_tokens > 1:
-                    self.page_manager.evict()
-                    smaller = self.scheduler.schedule(plan.num_tokens // 2)
+                    smaller = self._schedule(plan.num_tokens // 2)
             if not smaller:
                 for request in plan.requests:
                     self._end(request, "error", f"the step failed with {fault}")
@@ -248,13 +253,16 @@ class LLMEngine:
         for request in result.plan.requests:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = result.started
+        is_clean, leaving = True, None
         rows = zip(result.requests, sampled.token_ids, sampled.is_valid, sampled.logprobs, strict=True)
         for request, token_id, is_valid, logprobs in rows:
             if request.request_id not in self._requests:
                 continue  # a callback of another request has aborted it just now
             if not is_valid:
                 self._end(request, "error", "the model's logits are not finite numbers")
+                is_clean = False
                 continue
+            token_id = index(token_id)  # of whatever type the sampler has integers
             if not 0 <= token_id < self.model_config.vocab_size:
                 raise ContractError("Sampler", f"token ids are of the vocabulary, got {token_id}", request.request_id)
             request.token_ids.append(token_id)
@@ -270,8 +278,13 @@ class LLMEngine:
                 continue
             try:
                 self._show(request, text, token_id, reason)
-            except Exception as error:
+            except BaseException as error:  # a callback may even want to leave: when the others have their tokens
                 self._end(request, "error", f"{type(error).__name__}: {error}")
+                leaving = leaving if isinstance(error, Exception) else error
+        if not is_clean:  # cached K/V may be NaN, too, of which others with the same prefix would die
+            self.page_manager.evict()
+        if leaving is not None:
+            raise leaving
 
     def _show(self, request: Request, text: OutputText | None, token_id: int, reason: FinishReason | None) -> None:
         """Grow the text of a request by a token, look for its stop strings, and tell the caller."""
@@ -289,29 +302,33 @@ class LLMEngine:
 
     def _admit(self, requests: list[Request]) -> str:
         parent_id = requests[0].parent_id
-        self._children[parent_id] = []
-        for request in requests:
-            self.scheduler.add(request)
-            self._requests[request.request_id] = request
-            self._children[parent_id].append(request.request_id)
-            if self.tokenizer is not None and (request.on_token is not None or request.params.stop):
-                self._texts[request.request_id] = OutputText(self.tokenizer, request.token_ids, request.params.stop)
-            self.observers.tell("on_request_added", request.request_id, request.num_prompt)
+        self._requests |= {request.request_id: request for request in requests}
+        self._children[parent_id] = [request.request_id for request in requests]
+        try:
+            for request in requests:
+                if self.tokenizer is not None and (request.on_token is not None or request.params.stop):
+                    self._texts[request.request_id] = OutputText(self.tokenizer, request.token_ids, request.params.stop)
+                self.scheduler.add(request)
+                self.observers.tell("on_request_added", request.request_id, request.num_prompt)
+        except BaseException:
+            self.take(parent_id)
+            raise
         return parent_id
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """A request ends, once: its pages go back, its output waits to be delivered."""
         if self._requests.pop(request.request_id, None) is None:
             return
-        request.finish_reason, request.error = reason, error
-        if self._fault is None:  # after a fault the books cannot be trusted, nor are they needed
-            self.scheduler.finish(request)
         text = self._texts.pop(request.request_id, None)
-        if text is None and self.tokenizer is not None:
-            text = OutputText(self.tokenizer, request.token_ids[: request.num_prompt], ())
-            text.push(request.output_token_ids)
-        if text is not None:
-            text.finish()
+        try:
+            if text is None and self.tokenizer is not None:
+                text = OutputText(self.tokenizer, request.token_ids[: request.num_prompt], ())
+                text.push(request.output_token_ids)
+            if text is not None:
+                text.finish()
+        except Exception as fault:  # a tokenizer that cannot decode what the model says
+            reason, error = "error", error or f"{type(fault).__name__}: {fault}"
+        request.finish_reason, request.error = reason, error
         output = request.output("" if text is None else text.text)
         siblings = self._children[request.parent_id]
         siblings.remove(request.request_id)
@@ -319,13 +336,24 @@ class LLMEngine:
             del self._children[request.parent_id]
         self._outputs.setdefault(request.parent_id, []).append(output)
         self._finished_in_step.append(request.request_id)
+        if self._fault is None:  # after a fault the books cannot be trusted, nor are they needed
+            self.scheduler.finish(request)
         self.observers.tell("on_request_finished", output)
 
-    def _check_plan(self, plan: StepPlan) -> None:
-        if not plan:
-            raise ContractError("Scheduler", "while requests are unfinished, a step computes something")
-        if any(request.request_id not in self._requests for request in plan.requests):
-            raise ContractError("Scheduler", "only unfinished requests are planned")
+    def _schedule(self, max_tokens: int | None = None) -> StepPlan:
+        """The next step's plan; with `max_tokens`, a smaller one for which cached pages have been freed."""
+        try:
+            if max_tokens is not None:
+                self.page_manager.evict()
+            plan = self.scheduler.schedule(max_tokens)
+            if not plan:
+                raise ContractError("Scheduler", "while requests are unfinished, a step computes something")
+            if any(request.request_id not in self._requests for request in plan.requests):
+                raise ContractError("Scheduler", "only unfinished requests are planned")
+            return plan
+        except Exception as error:
+            self._die(error)
+            raise self._as_contract_error("scheduler or page manager", error) from error
 
     def _as_contract_error(self, part: str, error: Exception) -> Exception:
         if isinstance(error, ContractError):
@@ -355,7 +383,8 @@ class LLMEngine:
         """Abort what is running, stop the workers, free the memory. May be called again."""
         if not self._is_closed:
             self._is_closed = True
-            self._requests.clear()
+            for held in (self._requests, self._children, self._texts, self._outputs):
+                held.clear()
             self._free()
 
     def __enter__(self) -> LLMEngine:
@@ -367,31 +396,3 @@ class LLMEngine:
     def __del__(self) -> None:
         if not getattr(self, "_is_closed", True):
             self.close()
-
-    def _tell_step(
-        self, plan: StepPlan, result: StepResult | None, started: float, scheduled: float, ran: float, fault: str | None
-    ) -> None:
-        is_alive = self._fault is None
-        self.observers.tell(
-            "on_step",
-            StepRecord(
-                index=self._num_steps,
-                start_time=started,
-                schedule_time=scheduled - started,
-                prepare_time=result.prepare_time if result else 0.0,
-                forward_time=result.forward_time if result else ran - scheduled,
-                sample_time=result.sample_time if result else 0.0,
-                finish_time=time.perf_counter() - ran,
-                chunks=tuple(plan.chunks),
-                num_decode_tokens=plan.num_decodes,
-                num_prefill_tokens=plan.num_tokens - plan.num_decodes,
-                num_running=self.scheduler.num_running if is_alive else 0,
-                num_waiting=self.scheduler.num_waiting if is_alive else 0,
-                num_pages_used=self.page_manager.num_used if is_alive else 0,
-                num_pages_available=self.page_manager.num_available if is_alive else 0,
-                preempted=tuple(plan.preempted),
-                num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
-                finished=tuple(self._finished_in_step),
-                error=fault,
-            ),
-        )

@@ -55,11 +55,11 @@ class LLM:
         return self._run([self.engine.prepare(p, s) for p, s in zip(listed, each, strict=True)], progress)
 
     def _run(self, prepared: list[list[Request]], progress: bool) -> list[RequestOutput]:
-        engine, ids = self.engine, []
+        engine, ids = self.engine, [requests[0].parent_id for requests in prepared]
         bar = progress_bar(len(prepared)) if progress and prepared else None
         try:
             for requests in prepared:
-                ids.append(engine.submit(requests))
+                engine.submit(requests)
             unfinished = list(ids)
             while unfinished:
                 engine.advance()
@@ -87,8 +87,9 @@ class LLM:
         return self._pieces(self.engine.prepare(prompt, params, lambda token_id, piece: pieces.append(piece)), pieces)
 
     def _pieces(self, requests: list[Request], pieces: deque[str]) -> Iterator[str]:
-        request_id = self.engine.submit(requests)
+        request_id = requests[0].parent_id
         try:
+            self.engine.submit(requests)
             while True:
                 while pieces:
                     if piece := pieces.popleft():

@@ -7,6 +7,7 @@ none is made.
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minillm.context import Chunk
+from minillm.protocols import StepPlan
 from minillm.request import RequestOutput
 
 
@@ -86,6 +88,45 @@ class Observers:
             except Exception as error:
                 self.observers.remove(observer)
                 warnings.warn(f"dropped an observer whose {event} raised {type(error).__name__}: {error}", stacklevel=2)
+
+    def tell_step(
+        self,
+        index: int,
+        plan: StepPlan,
+        result: Any,
+        moments: tuple[float, float, float],
+        scheduler: Any,
+        page_manager: Any,
+        finished: Sequence[str],
+        error: str | None,
+    ) -> None:
+        """Tell of a step that has just ended.
+
+        `result` is the runner's `StepResult`, or None if the step failed; `moments` is when it started, was scheduled
+        and had run; `scheduler` and `page_manager` are None if the engine has died of it.
+        """
+        started, scheduled, ran = moments
+        record = StepRecord(
+            index=index,
+            start_time=started,
+            schedule_time=scheduled - started,
+            prepare_time=result.prepare_time if result else 0.0,
+            forward_time=result.forward_time if result else ran - scheduled,
+            sample_time=result.sample_time if result else 0.0,
+            finish_time=time.perf_counter() - ran,
+            chunks=tuple(plan.chunks),
+            num_decode_tokens=plan.num_decodes,
+            num_prefill_tokens=plan.num_tokens - plan.num_decodes,
+            num_running=scheduler.num_running if scheduler is not None else 0,
+            num_waiting=scheduler.num_waiting if scheduler is not None else 0,
+            num_pages_used=page_manager.num_used if page_manager is not None else 0,
+            num_pages_available=page_manager.num_available if page_manager is not None else 0,
+            preempted=tuple(plan.preempted),
+            num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
+            finished=tuple(finished),
+            error=error,
+        )
+        self.tell("on_step", record)
 
 
 class Recorder:

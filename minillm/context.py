@@ -127,7 +127,7 @@ class InferenceContext:
     `kernels` has no default, so that a single layer can be tried by hand:
 
         context = InferenceContext(kernels=minillm.reference)
-        RMSNorm(64)(x, context)
+        norm(x, context)  # any RMSNorm
 
     `num_tokens` below is the number of query rows of the step, over all its requests.
     """

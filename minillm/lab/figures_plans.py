@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
 from minillm.lab.style import (
     GREY,
@@ -48,9 +48,11 @@ def work_plans(plans: Mapping[str, Workers], request_ids: Sequence[str]) -> Book
                 style = {"color": text_color(color), "weight": "bold", "fontsize": size}
                 draw_text(axes, left + (end - start) / 2, row, letter, **style)
                 left += end - start
-            halo = {"boxstyle": "square,pad=0.15", "facecolor": PAPER, "edgecolor": "none"}
-            draw_text(axes, left + width * 0.025, row, str(load[row]), ha="left", bbox=halo)
-        axes.axvline(fair_share, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, zorder=0)
+            # A number that would lie on the dashed line goes to its right.
+            reaches = fair_share - width * 0.08 < left < fair_share + width * 0.02
+            beside = max(left, fair_share) if reaches else left
+            draw_text(axes, beside + width * 0.015, row, str(load[row]), ha="left")
+        axes.axvline(fair_share, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, zorder=3)
         axes.set_title(title)
         axes.set_xlabel("pages to read")
         axes.grid(visible=False)
@@ -58,8 +60,6 @@ def work_plans(plans: Mapping[str, Workers], request_ids: Sequence[str]) -> Book
     all_axes[0][0].set_ylim(num_workers - 0.5, -0.5)
     all_axes[0][0].set_yticks(range(num_workers))
     all_axes[0][0].set_ylabel("worker")
-    handles = [Patch(facecolor=request_color(request_id, order), label=request_id) for request_id in order]
-    all_axes[0][-1].legend(handles=handles, loc="lower right", fontsize=8, title="request", title_fontsize=8)
     beside = max(fair_share, loads[0][-1]) + width * 0.03
     draw_text(all_axes[0][0], beside, num_workers - 1, f"a fair share: {fair_share:.1f}", ha="left", color=GREY)
     counts = [sum(len(worker) for worker in workers) for workers in plans.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.patches import Patch, Rectangle
 
@@ -53,7 +54,7 @@ def memory_strips(strips: Mapping[str, Sequence[Piece]], num_slots: int, order: 
     """
     figure, axes = new_figure(9.0, 0.5 + 0.86 * len(strips))
     axes.set_axis_off()
-    numbers = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for row, (title, pieces) in enumerate(strips.items()):
         used, held = sum(piece.used for piece in pieces), sum(piece.reserved for piece in pieces)
         requests = sorted({piece.request_id for piece in pieces}, key=list(order).index)
@@ -74,8 +75,8 @@ def memory_strips(strips: Mapping[str, Sequence[Piece]], num_slots: int, order: 
         for piece in pieces:
             color = request_color(piece.request_id, order)
             where = (piece.start, row - 0.24)
-            pale = {"facecolor": lighter(color, 0.8), "edgecolor": color, "hatch": "////", "linewidth": 0}
-            axes.add_patch(Rectangle(where, piece.reserved, 0.48, **pale))
+            pale: dict[str, Any] = {"facecolor": lighter(color, 0.8), "edgecolor": color, "hatch": "////"}
+            axes.add_patch(Rectangle(where, piece.reserved, 0.48, linewidth=0, **pale))
             axes.add_patch(Rectangle(where, piece.used, 0.48, facecolor=color, edgecolor="none"))
             axes.add_patch(Rectangle(where, piece.reserved, 0.48, facecolor="none", edgecolor=INK, linewidth=0.7))
             small = piece.reserved < num_slots / 24

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from minillm.engine import LLMEngine
-from minillm.errors import InvalidRequestError
+from minillm.errors import EngineClosedError, InvalidRequestError
 from minillm.request import Request, RequestOutput
 from minillm.sampling_params import SamplingParams
 from minillm.validation import shown
@@ -79,14 +79,17 @@ class LLM:
 
         Raises:
             InvalidRequestError: the request cannot be served (at once), or has `n` above 1.
-            RuntimeError: the request ended with `error` (while iterating).
+            RuntimeError: the request ended with `error`, or the engine was closed (while iterating).
         """
         if isinstance(params, SamplingParams) and params.n != 1:
             raise InvalidRequestError("stream gives one output: n must be 1")
-        pieces: deque[str] = deque()
-        return self._pieces(self.engine.prepare(prompt, params, lambda token_id, piece: pieces.append(piece)), pieces)
+        (checked,) = self.engine.prepare(prompt, params)
+        return self._pieces(checked.token_ids, params)
 
-    def _pieces(self, requests: list[Request], pieces: deque[str]) -> Iterator[str]:
+    def _pieces(self, token_ids: list[int], params: SamplingParams | None) -> Iterator[str]:
+        pieces: deque[str] = deque()
+        # Only now, when the reading begins, it gets an id: nobody else can take it meanwhile.
+        requests = self.engine.prepare(token_ids, params, lambda token_id, piece: pieces.append(piece))
         request_id = requests[0].parent_id
         try:
             self.engine.submit(requests)
@@ -99,6 +102,8 @@ class LLM:
                 self.engine.advance()
         finally:
             outputs = self.engine.take(request_id)
+        if not outputs:
+            raise EngineClosedError("the engine was closed while its stream was read")
         for output in outputs:
             if output.finish_reason == "error":
                 raise RuntimeError(output.error)

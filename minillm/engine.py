@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import index
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 from minillm.config import EngineConfig, ModelConfig
 from minillm.detokenizer import OutputText
@@ -83,9 +83,8 @@ class LLMEngine:
         config = resolve(config, loader.config)
         is_random = weights == "random"
         check_model(loader, config, is_random)
-        self.distributed = DistributedManager(loader, config, is_random)
+        self.distributed = distributed = DistributedManager(loader, config, is_random)
         try:
-            distributed = self.distributed
             self.runner: Any = ModelRunner(loader, config, distributed.group, distributed.announce, is_random)
             memory = self.runner.warm_up()
             num_pages, max_model_len = pool_size(config, loader.config, self.runner.bytes_per_page, memory)
@@ -140,8 +139,7 @@ class LLMEngine:
             try:
                 self._end(self._requests[child], "abort")
             except Exception as error:
-                self._die(error)
-                raise self._as_contract_error("scheduler or page manager", error) from error
+                self._blame("scheduler or page manager", error)
 
     def has_unfinished(self) -> bool:
         """Whether there is work to do or an output that `step` has not delivered."""
@@ -154,7 +152,7 @@ class LLMEngine:
             EngineClosedError, EngineDeadError: the engine cannot run any more.
             ContractError: a swapped-in part broke a rule; every request has ended with `error`.
         """
-        if self._fault is None or not self._outputs:
+        if self._fault is None or not self.has_unfinished():
             self._check_usable()
         if self._requests:
             self.advance()
@@ -185,9 +183,12 @@ class LLMEngine:
 
     def take(self, request_id: str) -> list[RequestOutput]:
         """The outputs of a submitted request, in order of sample; aborts what is unfinished, and forgets it."""
-        self.abort(request_id)
-        self._claimed.discard(request_id)
-        return sorted(self._outputs.pop(request_id, []), key=lambda output: output.sample_index)
+        try:
+            self.abort(request_id)
+        finally:
+            self._claimed.discard(request_id)
+            outputs = self._outputs.pop(request_id, [])
+        return sorted(outputs, key=lambda output: output.sample_index)
 
     def advance(self) -> None:
         """Run one step and keep what it gives. An interrupt that arrives meanwhile is raised after it."""
@@ -214,8 +215,7 @@ class LLMEngine:
                 self.scheduler.complete(plan)
                 self._take_tokens(result)
             except Exception as error:
-                self._die(error)
-                raise self._as_contract_error("scheduler, page manager or sampler", error) from error
+                self._blame("scheduler, page manager or sampler", error)
         if self.observers:
             books = (self.scheduler, self.page_manager, self._finished_in_step)
             self.observers.tell_step(self._num_steps, plan, result, (started, scheduled, ran), *books, fault)
@@ -243,8 +243,7 @@ class LLMEngine:
                 for request in plan.requests:
                     self._end(request, "error", f"the step failed with {fault}")
                 return None, fault
-            plan = smaller
-            num_retries += 1
+            plan, num_retries = smaller, num_retries + 1
 
     def _take_tokens(self, result: StepResult) -> None:
         sampled, now = result.sampled, time.perf_counter()
@@ -336,9 +335,11 @@ class LLMEngine:
             del self._children[request.parent_id]
         self._outputs.setdefault(request.parent_id, []).append(output)
         self._finished_in_step.append(request.request_id)
-        if self._fault is None:  # after a fault the books cannot be trusted, nor are they needed
-            self.scheduler.finish(request)
-        self.observers.tell("on_request_finished", output)
+        try:
+            if self._fault is None:  # after a fault the books cannot be trusted, nor are they needed
+                self.scheduler.finish(request)
+        finally:
+            self.observers.tell("on_request_finished", output)
 
     def _schedule(self, max_tokens: int | None = None) -> StepPlan:
         """The next step's plan; with `max_tokens`, a smaller one for which cached pages have been freed."""
@@ -352,13 +353,14 @@ class LLMEngine:
                 raise ContractError("Scheduler", "only unfinished requests are planned")
             return plan
         except Exception as error:
-            self._die(error)
-            raise self._as_contract_error("scheduler or page manager", error) from error
+            self._blame("scheduler or page manager", error)
 
-    def _as_contract_error(self, part: str, error: Exception) -> Exception:
+    def _blame(self, part: str, error: Exception) -> NoReturn:
+        """Die of a part that has left the engine's books undone."""
+        self._die(error)
         if isinstance(error, ContractError):
-            return error
-        return ContractError(part, f"does not raise, but it raised {type(error).__name__}: {error}")
+            raise error
+        raise ContractError(part, f"does not raise, but it raised {type(error).__name__}: {error}") from error
 
     def _die(self, fault: BaseException) -> None:
         """End every request with `error` and free everything; from now on the engine only delivers outputs."""

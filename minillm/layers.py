@@ -1,4 +1,4 @@
-"""The model's layers: PyTorch modules whose forward takes `(x[, residual], context)`; they know nothing of the engine.
+"""The model's layers: each takes `(x[, residual], context)` and knows nothing of the engine.
 
 Everything a layer needs of the current step arrives in its `InferenceContext`: the kernels, the positions, the pages,
 the group of ranks. A layer keeps only its weights. `forward` of each works on `[num_tokens, ...]`: the tokens of all
@@ -11,40 +11,64 @@ first of two matrices by columns, the second by rows, so that one all-reduce joi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from minillm.context import Group, InferenceContext
 from minillm.weights import WeightSlot
 
 Slots = dict[str, WeightSlot]
+FEW_ROWS = 4  # up to so many rows a product is a matter of reading the matrix
 
 
-def frozen(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter that is never trained; its values come from a checkpoint."""
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+class Layer:
+    """Weights, and a `forward` that is called with the step's context. No hooks, no modes, no hidden registration.
 
-
-def matrix(out_features: int, in_features: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """A weight `[out_features, in_features]`, laid out for the product with few rows that decode consists of.
-
-    A CPU multiplies one row with a matrix fastest when the matrix lies in memory column by column: each element of
-    the row then scales one contiguous column. GPUs do not mind. Either way the shape is the same.
+    Plain Python objects rather than `torch.nn.Module`: nothing here is trained, and looking up a module's parameters and
+    calling it takes longer than many a kernel of a small model.
     """
-    if device.type == "cpu":
+
+    forward: Callable[..., torch.Tensor]
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return self.forward(*args)
+
+
+class Matrix:
+    """A weight `[out_features, in_features]` and the product with it, laid out for the few rows that decode consists of.
+
+    On a CPU, the product of one row with a matrix is a matter of reading the matrix. It is fastest where the matrix lies
+    in memory column by column, and where the threads read parts of it side by side, which the CPU's library does not do
+    by itself for a single row: it is given the columns as a batch of narrower matrices. GPUs need none of this.
+    """
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype):
+        self.parts: torch.Tensor | None = None
+        if device.type != "cpu":
+            self.weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+            return
         columns = torch.empty(in_features, out_features, device=device, dtype=dtype)
-        return nn.Parameter(columns.t(), requires_grad=False)
-    return frozen(out_features, in_features, device=device, dtype=dtype)
+        self.weight = columns.t()
+        num_parts = max(n for n in range(1, min(torch.get_num_threads(), 8) + 1) if out_features % n == 0)
+        if num_parts > 1:
+            self.parts = columns.view(in_features, num_parts, -1).transpose(0, 1)  # [num_parts, in, out / num_parts]
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x W^T + bias`, `[num_tokens, in_features]` to `[num_tokens, out_features]`."""
+        if self.parts is None or len(x) > FEW_ROWS:
+            return F.linear(x, self.weight, bias)
+        y = torch.bmm(x.expand(len(self.parts), -1, -1), self.parts).transpose(0, 1).reshape(len(x), -1)
+        return y if bias is None else y.add_(bias)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root-mean-square norm (https://arxiv.org/abs/1910.07467), alone or fused with the addition before it."""
 
     def __init__(self, size: int, eps: float, device: torch.device, dtype: torch.dtype):
-        super().__init__()
-        self.weight = frozen(size, device=device, dtype=dtype)
+        self.weight = torch.empty(size, device=device, dtype=dtype)
         self.eps = eps
 
     def forward(self, x: torch.Tensor, context: InferenceContext) -> torch.Tensor:
@@ -57,10 +81,10 @@ class RMSNorm(nn.Module):
         return x
 
     def slots(self, prefix: str) -> Slots:
-        return {f"{prefix}.weight": WeightSlot(self.weight.data, tuple(self.weight.shape))}
+        return {f"{prefix}.weight": WeightSlot(self.weight, tuple(self.weight.shape))}
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(Layer):
     """`y = x W^T + b` for matrices with the same input, fused to one; each rank computes a slice of every output.
 
     `parts` names the matrices as the checkpoint does, with the full size of their outputs.
@@ -75,20 +99,19 @@ class ColumnParallelLinear(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        super().__init__()
         self.parts, self.group = parts, group
         self.sizes = [size // group.size for size in parts.values()]  # of this rank's outputs
-        self.weight = matrix(sum(self.sizes), in_features, device, dtype)
-        self.bias = frozen(sum(self.sizes), device=device, dtype=dtype) if bias else None
+        self.matrix = Matrix(sum(self.sizes), in_features, device, dtype)
+        self.bias = torch.empty(sum(self.sizes), device=device, dtype=dtype) if bias else None
 
     def forward(self, x: torch.Tensor, context: InferenceContext) -> torch.Tensor:
         """`[num_tokens, in_features]` to `[num_tokens, sum(sizes)]`."""
-        return F.linear(x, self.weight, self.bias)
+        return self.matrix.product(x, self.bias)
 
     def slots(self, prefix: str) -> Slots:
         slots = {}
-        weights = self.weight.data.split(self.sizes)
-        biases = self.bias.data.split(self.sizes) if self.bias is not None else [None] * len(weights)
+        weights = self.matrix.weight.split(self.sizes)
+        biases = self.bias.split(self.sizes) if self.bias is not None else [None] * len(weights)
         for (name, size), weight, bias in zip(self.parts.items(), weights, biases, strict=True):
             shard = {"shard_dim": 0, "rank": self.group.rank, "world_size": self.group.size}
             slots[f"{prefix}.{name}.weight"] = WeightSlot(weight, (size, weight.shape[1]), **shard)
@@ -97,7 +120,7 @@ class ColumnParallelLinear(nn.Module):
         return slots
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Layer):
     """`y = x W^T + b` where each rank holds a slice of `x`; the partial products are summed over the ranks."""
 
     def __init__(
@@ -109,59 +132,59 @@ class RowParallelLinear(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        super().__init__()
         self.in_features, self.group = in_features, group
-        self.weight = matrix(out_features, in_features // group.size, device, dtype)
-        self.bias = frozen(out_features, device=device, dtype=dtype) if bias else None
+        self.matrix = Matrix(out_features, in_features // group.size, device, dtype)
+        self.bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
 
     def forward(self, x: torch.Tensor, context: InferenceContext) -> torch.Tensor:
         """`[num_tokens, in_features / ranks]` to `[num_tokens, out_features]`, the same on every rank."""
         bias = self.bias if context.group.rank == 0 else None  # the sum over the ranks must hold it once
-        return context.group.all_reduce(F.linear(x, self.weight, bias))
+        return context.group.all_reduce(self.matrix.product(x, bias))
 
     def slots(self, prefix: str) -> Slots:
-        shape = (self.weight.shape[0], self.in_features)
+        weight = self.matrix.weight
+        shape = (weight.shape[0], self.in_features)
         shard = {"shard_dim": 1, "rank": self.group.rank, "world_size": self.group.size}
-        slots = {f"{prefix}.weight": WeightSlot(self.weight.data, shape, **shard)}
+        slots = {f"{prefix}.weight": WeightSlot(weight, shape, **shard)}
         if self.bias is not None:
-            slots[f"{prefix}.bias"] = WeightSlot(self.bias.data, (shape[0],))
+            slots[f"{prefix}.bias"] = WeightSlot(self.bias, (shape[0],))
         return slots
 
 
-class VocabParallel(nn.Module):
+class VocabParallel:
     """A matrix with a row for each token of the vocabulary, cut by rows: the embedding, the output head, or both."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group, device: torch.device, dtype: torch.dtype):
-        super().__init__()
         self.vocab_size, self.group = vocab_size, group
         per_rank = math.ceil(vocab_size / group.size)  # the last rank may hold fewer
         self.first = min(group.rank * per_rank, vocab_size)
         self.per_rank = per_rank
-        self.weight = matrix(min(per_rank, vocab_size - self.first), hidden_size, device, dtype)
+        self.matrix = Matrix(min(per_rank, vocab_size - self.first), hidden_size, device, dtype)
 
     def embed(self, token_ids: torch.Tensor, context: InferenceContext) -> torch.Tensor:
         """Token ids `[num_tokens]` int64 to rows `[num_tokens, hidden_size]`."""
+        weight = self.matrix.weight
         if self.group.size == 1:
-            return F.embedding(token_ids, self.weight)
-        mine = (token_ids >= self.first) & (token_ids < self.first + len(self.weight))
-        rows = F.embedding(torch.where(mine, token_ids - self.first, 0), self.weight)
+            return F.embedding(token_ids, weight)
+        mine = (token_ids >= self.first) & (token_ids < self.first + len(weight))
+        rows = F.embedding(torch.where(mine, token_ids - self.first, 0), weight)
         return context.group.all_reduce(rows * mine.unsqueeze(-1))
 
     def logits(self, x: torch.Tensor, context: InferenceContext) -> torch.Tensor:
         """Hidden states `[num_rows, hidden_size]` to logits `[num_rows, vocab_size]`, the same on every rank."""
-        logits = F.linear(x, self.weight)
+        logits = self.matrix.product(x)
         if self.group.size == 1:
             return logits
         logits = F.pad(logits, (0, self.per_rank - logits.shape[-1]))  # all ranks must send as much
         return context.group.all_gather(logits)[:, : self.vocab_size]
 
     def slots(self, name: str) -> Slots:
-        shape = (self.vocab_size, self.weight.shape[1])
+        shape = (self.vocab_size, self.matrix.weight.shape[1])
         shard = {"shard_dim": 0, "rank": self.group.rank, "world_size": self.group.size}
-        return {name: WeightSlot(self.weight.data, shape, **shard)}
+        return {name: WeightSlot(self.matrix.weight, shape, **shard)}
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Grouped-query attention (https://arxiv.org/abs/2305.13245) over paged K/V, with rotary positions.
 
     It holds no cache and no reference to whoever runs it: pages and plan come with the context.
@@ -182,7 +205,6 @@ class Attention(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        super().__init__()
         self.layer_index, self.head_dim = layer_index, head_dim
         q_size, kv_size = num_qo_heads * head_dim, num_kv_heads * head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
@@ -218,7 +240,7 @@ class Attention(nn.Module):
         return slots
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """The gated feed-forward layer SwiGLU (https://arxiv.org/abs/2002.05202): `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
@@ -230,7 +252,6 @@ class MLP(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        super().__init__()
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up = ColumnParallelLinear(hidden_size, parts, bias, group, device, dtype)
         self.down = RowParallelLinear(intermediate_size, hidden_size, bias, group, device, dtype)

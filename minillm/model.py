@@ -6,16 +6,13 @@ frequencies are scaled, whether the embedding is also the output head), all of w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from torch import nn
 
 from minillm.config import ModelConfig, RopeConfig
 from minillm.context import Group, InferenceContext, SoloGroup
 from minillm.errors import ConfigError
-from minillm.layers import MLP, Attention, RMSNorm, Slots, VocabParallel
+from minillm.layers import MLP, Attention, Layer, RMSNorm, Slots, VocabParallel
 
 
 def cos_sin_cache(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> torch.Tensor:
@@ -30,7 +27,7 @@ def cos_sin_cache(rope: RopeConfig, head_dim: int, num_positions: int, device: t
     return (torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling).to(device)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(
@@ -42,7 +39,6 @@ class DecoderLayer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.attention = Attention(
             layer_index,
@@ -78,7 +74,7 @@ class DecoderLayer(nn.Module):
         )
 
 
-class CausalLM(nn.Module):
+class CausalLM(Layer):
     """A decoder-only language model: token ids and a context in, logits out.
 
     Args:
@@ -99,7 +95,6 @@ class CausalLM(nn.Module):
         group: Group | None = None,
         num_positions: int | None = None,
     ):
-        super().__init__()
         device, group = torch.device(device), group or SoloGroup()
         for name in ("num_qo_heads", "num_kv_heads", "intermediate_size"):
             if getattr(config, name) % group.size:
@@ -108,9 +103,7 @@ class CausalLM(nn.Module):
         num_positions = num_positions or config.max_position_embeddings
         cos_sin = cos_sin_cache(config.rope, config.head_dim, num_positions, device)
         self.embedding = VocabParallel(config.vocab_size, config.hidden_size, group, device, dtype)
-        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(config, i, cos_sin, group, device, dtype) for i in range(config.num_layers)
-        )
+        self.layers = [DecoderLayer(config, i, cos_sin, group, device, dtype) for i in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.head = (
             self.embedding

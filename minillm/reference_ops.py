@@ -75,18 +75,20 @@ def append_paged_kv_cache(
     check_kv_layout(kv_layout)
     k, v = unpack_paged_cache(paged_kv_cache, kv_layout)
     page_size = k.shape[1 if kv_layout == "NHD" else 2]
-    page_numbers = kv_indptr.index_select(0, batch_indices)
-    if page_size == 1:
-        slots = torch.zeros_like(positions)
-        page_numbers = page_numbers + positions
-    else:
-        slots = positions % page_size
-        page_numbers = page_numbers.add_(torch.div(positions, page_size, rounding_mode="floor"))
-    where: tuple[torch.Tensor | None, ...] = (kv_indices.index_select(0, page_numbers), slots)
+    page_numbers = torch.div(positions, page_size, rounding_mode="floor")
+    page_ids = kv_indices.index_select(0, page_numbers + kv_indptr.index_select(0, batch_indices))
+    slots = positions.sub(page_numbers, alpha=page_size)
+    if kv_layout == "NHD" and isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.is_contiguous():
+        # All slots of all pages as one list of rows: page by page, first those of K, then those of V.
+        rows = paged_kv_cache.detach().view(-1, *k.shape[-2:])
+        index = slots.add_(page_ids, alpha=2 * page_size).long()
+        rows.index_copy_(0, index, append_key.detach())
+        rows.index_copy_(0, index.add_(page_size), append_value.detach())
+        return
     if kv_layout == "HND":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    k.index_put_(where, append_key.detach())
-    v.index_put_(where, append_value.detach())
+    k.index_put_((page_ids, slots), append_key.detach())
+    v.index_put_((page_ids, slots), append_value.detach())
 
 
 def rmsnorm(
@@ -119,7 +121,8 @@ def fused_add_rmsnorm(
     """
     if residual.dtype == torch.float32:
         residual.add_(input)
-        input.copy_(_normalised(residual, weight, eps))
+        scale = residual.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul(residual, scale, out=input).mul_(weight)
         return
     total = residual.float().add_(input)
     residual.copy_(total)
@@ -264,5 +267,13 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: 
 
 
 def _rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> None:
+    if x.dtype == torch.float32 and not interleave and x.shape[-1] == 2 * cos.shape[-1]:
+        halves = x.view(*x.shape[:2], 2, -1)
+        swapped = halves.flip(2)
+        halves.mul_(cos.unsqueeze(2))
+        swapped.mul_(sin.unsqueeze(2))
+        halves[:, :, 0].sub_(swapped[:, :, 0])
+        halves[:, :, 1].add_(swapped[:, :, 1])
+        return
     turned = _turned(x, cos, sin, interleave)
     (x if x.shape == turned.shape else x[..., : turned.shape[-1]]).copy_(turned)

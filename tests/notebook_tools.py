@@ -36,7 +36,7 @@ EVERYWHERE = {
     "minillm.lab.checks": None,
 }
 INTRODUCED: dict[str, dict[str, set[str] | None]] = {
-    "00": {"minillm.metrics": {"Recorder"}, "minillm.protocols": {"SampledTokens"}},
+    "00": {"minillm.metrics": {"Recorder"}, "minillm.protocols": {"SampledTokens", "SamplerProtocol"}},
     "01": {
         "minillm.lab.naive": None,
         "minillm.reference": {"single_prefill_with_kv_cache", "single_decode_with_kv_cache"},

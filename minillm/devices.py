@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import warnings
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from minillm.config import EngineConfig, ModelConfig
+from minillm.doctor import require_flashinfer
 from minillm.errors import ConfigError, KernelsUnavailableError
 
 
@@ -48,22 +48,20 @@ def load_kernels(name: str, device: torch.device) -> Any:
     """The module whose functions compute: `flashinfer` on CUDA, its twin `minillm.reference` elsewhere.
 
     Args:
-        name: `"flashinfer"`, `"reference"`, or `"auto"`: FlashInfer if the device is a GPU and it is installed.
+        name: `"flashinfer"`, `"reference"`, or `"auto"`: FlashInfer if the device is a GPU on which it can run.
 
     Raises:
         KernelsUnavailableError: FlashInfer is asked for where it cannot run.
     """
-    on_gpu = device.type == "cuda"
-    installed = importlib.util.find_spec("flashinfer") is not None
-    if name == "flashinfer" and not on_gpu:
+    if name == "flashinfer" and device.type != "cuda":
         raise KernelsUnavailableError(f"kernels='flashinfer' needs an NVIDIA GPU; the engine's device is {device}")
-    if name == "flashinfer" and not installed:
-        raise KernelsUnavailableError("kernels='flashinfer' needs FlashInfer: pip install 'minillm[gpu]'")
-    if name == "auto" and on_gpu and not installed:
-        warnings.warn(
-            "FlashInfer is not installed, so attention runs on its slow twin in plain PyTorch: "
-            "pip install 'minillm[gpu]'",
-            stacklevel=2,
-        )
-    use_flashinfer = name == "flashinfer" or (name == "auto" and on_gpu and installed)
-    return importlib.import_module("flashinfer" if use_flashinfer else "minillm.reference")
+    if name == "reference" or device.type != "cuda":
+        return importlib.import_module("minillm.reference")
+    try:
+        require_flashinfer()
+    except KernelsUnavailableError as error:
+        if name == "flashinfer":
+            raise
+        warnings.warn(f"{error} Until then FlashInfer's slow twin in plain PyTorch computes.", stacklevel=2)
+        return importlib.import_module("minillm.reference")
+    return importlib.import_module("flashinfer")

@@ -156,7 +156,10 @@ class ModelConfig:
             eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
         return cls(
             model_type=family,
+            vocab_size=config.get("vocab_size", 0),
             hidden_size=hidden_size,
+            intermediate_size=config.get("intermediate_size", 0),
+            max_position_embeddings=config["max_position_embeddings"],
             num_layers=integer("num_hidden_layers", config.get("num_hidden_layers"), *_MODEL_LIMITS["num_layers"]),
             num_qo_heads=heads,
             num_kv_heads=heads if kv_heads is None else integer("num_key_value_heads", kv_heads, 1, heads),
@@ -170,7 +173,6 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             eos_token_ids=tuple(eos),
-            **{name: config.get(name) for name in ("vocab_size", "intermediate_size", "max_position_embeddings")},
         )
 
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
     """Hold an interrupt that arrives within the block back until its end, and raise it there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
+    is_ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None
+    if not is_ours:  # Python delivers signals to the main thread only, and cannot put back a handler that C installed
+        yield
         return
     arrived: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
@@ -20,5 +21,5 @@ def deferred_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if arrived and callable(previous):
-            previous(arrived[0], None)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)

@@ -59,8 +59,7 @@ def warm_up(
 ) -> MemoryReport:
     """Run the largest step once (kernels load, workspaces are made), and measure what it took.
 
-    `run_step(num_tokens)` runs a forward pass over that many tokens, and the sampler over `max_running` rows. Its pages
-    are of a small pool of its own, which it drops.
+    `run_step(num_tokens)` runs a forward pass over that many tokens, with logits for up to `max_running` of them.
     """
     run_step(1)  # what is loaded once and kept is not a step's
     if device.type == "cuda":

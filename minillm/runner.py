@@ -100,7 +100,7 @@ class ModelRunner:
     def warm_up(self) -> MemoryReport:
         """Run the largest step on a small pool of its own: what loads on first use has loaded, memory is measured."""
         max_len = self.config.max_model_len or self.model.config.max_position_embeddings
-        page_size, most = self.config.page_size, self.config.max_batch_tokens
+        page_size, most = self.config.page_size, min(self.config.max_batch_tokens, self.config.max_running * max_len)
         # As many requests as it takes to fill the step, none longer than a request may be.
         lengths = [min(max_len, most - start) for start in range(0, most, max_len)]
         self.make_pool(sum(-(-length // page_size) for length in lengths))

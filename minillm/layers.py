@@ -18,50 +18,22 @@ import torch
 import torch.nn.functional as F
 
 from minillm.context import Group, InferenceContext
-from minillm.weights import WeightSlot
+from minillm.weights import Matrix, WeightSlot
 
 Slots = dict[str, WeightSlot]
-FEW_ROWS = 4  # up to so many rows a product is a matter of reading the matrix
 
 
 class Layer:
     """Weights, and a `forward` that is called with the step's context. No hooks, no modes, no hidden registration.
 
-    Plain Python objects rather than `torch.nn.Module`: nothing here is trained, and looking up a module's parameters and
-    calling it takes longer than many a kernel of a small model.
+    Plain Python objects rather than `torch.nn.Module`: nothing here is trained, and looking up a module's parameters
+    and calling it takes longer than many a kernel of a small model.
     """
 
     forward: Callable[..., torch.Tensor]
 
-    def __call__(self, *args: Any) -> torch.Tensor:
-        return self.forward(*args)
-
-
-class Matrix:
-    """A weight `[out_features, in_features]` and the product with it, laid out for the few rows that decode consists of.
-
-    On a CPU, the product of one row with a matrix is a matter of reading the matrix. It is fastest where the matrix lies
-    in memory column by column, and where the threads read parts of it side by side, which the CPU's library does not do
-    by itself for a single row: it is given the columns as a batch of narrower matrices. GPUs need none of this.
-    """
-
-    def __init__(self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype):
-        self.parts: torch.Tensor | None = None
-        if device.type != "cpu":
-            self.weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
-            return
-        columns = torch.empty(in_features, out_features, device=device, dtype=dtype)
-        self.weight = columns.t()
-        num_parts = max(n for n in range(1, min(torch.get_num_threads(), 8) + 1) if out_features % n == 0)
-        if num_parts > 1:
-            self.parts = columns.view(in_features, num_parts, -1).transpose(0, 1)  # [num_parts, in, out / num_parts]
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x W^T + bias`, `[num_tokens, in_features]` to `[num_tokens, out_features]`."""
-        if self.parts is None or len(x) > FEW_ROWS:
-            return F.linear(x, self.weight, bias)
-        y = torch.bmm(x.expand(len(self.parts), -1, -1), self.parts).transpose(0, 1).reshape(len(x), -1)
-        return y if bias is None else y.add_(bias)
+    def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self.forward(*args, **options)
 
 
 class RMSNorm(Layer):
@@ -71,9 +43,12 @@ class RMSNorm(Layer):
         self.weight = torch.empty(size, device=device, dtype=dtype)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor, context: InferenceContext) -> torch.Tensor:
-        """Norm over the last dimension of `x` `[num_tokens, size]` or `[num_tokens, num_heads, size]`."""
-        return context.kernels.rmsnorm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, context: InferenceContext, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Norm over the last dimension of `x` `[num_tokens, size]` or `[num_tokens, num_heads, size]`.
+
+        It is written to `out` if that is given, which may be `x` itself.
+        """
+        return context.kernels.rmsnorm(x, self.weight, self.eps, out=out)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, context: InferenceContext) -> torch.Tensor:
         """`residual += x` in place, then the norm of the sum, written over `x`, which is returned."""
@@ -209,6 +184,7 @@ class Attention(Layer):
         q_size, kv_size = num_qo_heads * head_dim, num_kv_heads * head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = ColumnParallelLinear(hidden_size, parts, qkv_bias, group, device, dtype)
+        self.num_heads = [size // head_dim for size in self.qkv.sizes]  # of q, k and v, on this rank
         self.out = RowParallelLinear(q_size, hidden_size, o_bias, group, device, dtype)
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
@@ -218,20 +194,19 @@ class Attention(Layer):
 
     def forward(self, x: torch.Tensor, context: InferenceContext) -> torch.Tensor:
         """`[num_tokens, hidden_size]` to the same shape."""
-        q, k, v = self.qkv(x, context).split(self.qkv.sizes, dim=-1)
+        qkv = self.qkv(x, context)
+        heads = qkv.view(len(x), -1, self.head_dim)  # [num_tokens, num_heads, head_dim], those of q, k, v in turn
+        q, k, v = heads.split_with_sizes(self.num_heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(self.heads(q), context).flatten(1)
-            k = self.k_norm(self.heads(k), context).flatten(1)
+            self.q_norm(q, context, out=q)
+            self.k_norm(k, context, out=k)
+        flat_q, flat_k, _ = qkv.split_with_sizes(self.qkv.sizes, dim=1)
         context.kernels.apply_rope_with_cos_sin_cache_inplace(
-            context.positions, q, k, self.head_dim, self.cos_sin_cache, is_neox=True
+            context.positions, flat_q, flat_k, self.head_dim, self.cos_sin_cache, is_neox=True
         )
-        context.kv_pool.append(self.layer_index, self.heads(k), self.heads(v), context)
-        attended = context.attention.run(self.heads(q), context.kv_pool.layer(self.layer_index))
+        context.kv_pool.append(self.layer_index, k, v, context)
+        attended = context.attention.run(q, context.kv_pool.layer(self.layer_index))
         return self.out(attended.flatten(1), context)
-
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
-        """`[num_tokens, num_heads * head_dim]` seen as `[num_tokens, num_heads, head_dim]`."""
-        return x.unflatten(-1, (-1, self.head_dim))
 
     def slots(self, prefix: str) -> Slots:
         slots = self.qkv.slots(prefix) | self.out.slots(f"{prefix}.o_proj")

@@ -20,16 +20,25 @@ class GatherBuffer:
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
+        self._key: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
+        self._views: tuple[torch.Tensor, ...] = ()
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return uninitialised memory of this shape, valid until the next call."""
-        numel = math.prod(shape)
-        buffer = self._buffer
-        if buffer is None or buffer.numel() < numel or buffer.dtype != dtype or buffer.device != device:
-            # A tensor born in inference mode could not be written to outside of it.
-            with torch.inference_mode(False):
-                buffer = self._buffer = torch.empty(numel, dtype=dtype, device=device)
-        return buffer[:numel].view(shape)
+    def take(self, shape: tuple[int, int, int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Uninitialised memory for `[requests, heads, parts, tokens, dim]`, valid until the next call.
+
+        Returns it as rows `[.., dim]`, and each part as `[requests, heads, tokens, dim]`.
+        """
+        key = (shape, like.dtype, like.device)
+        if key == self._key:
+            return self._views  # as in the layer before
+        buffer, numel = self._buffer, math.prod(shape)
+        # A tensor born in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            if buffer is None or buffer.numel() < numel or buffer.dtype != like.dtype or buffer.device != like.device:
+                buffer = self._buffer = torch.empty(numel, dtype=like.dtype, device=like.device)
+            whole = buffer[:numel].view(shape)
+            self._key, self._views = key, (whole.view(-1, shape[-1]), *whole.unbind(2))
+        return self._views
 
 
 def run_plan(
@@ -47,14 +56,14 @@ def run_plan(
     `q` `[num_rows, num_qo_heads, head_dim_qk]`; `kv`: one 5-D tensor or a pair of 4-D ones; `lse` float32, base 2.
     """
     problem = plan.problem
-    q = q.detach()
+    q = q.detach() if q.requires_grad else q
     for group in plan.groups:
         k, v = gather(group, kv, kv_layout, problem, buffer)
-        whole = group.num_requests * group.qo_len == plan.num_rows
-        if whole and type(group.rows) is slice:
-            rows = q
+        whole = type(group.rows) is slice and group.num_requests * group.qo_len == plan.num_rows
+        if isinstance(group.rows, slice):
+            rows = q if whole else q[group.rows]
         else:
-            rows = q[group.rows] if type(group.rows) is slice else q.index_select(0, group.rows)
+            rows = q.index_select(0, group.rows)
         rows = rows.reshape(group.num_requests, group.qo_len, problem.num_qo_heads, problem.head_dim_qk)
         if group.rotary is not None:
             rows, k = rotate(rows, *group.rotary[:2]), rotate(k, *group.rotary[2:])
@@ -64,10 +73,10 @@ def run_plan(
         o = o.reshape(-1, problem.num_qo_heads, problem.head_dim_vo)
         if group.blind is not None:
             o.masked_fill_(group.blind[:, None, None], 0.0)
-        if whole and type(group.rows) is slice and out is None:
+        if whole and out is None:
             if lse is not None and group_lse is not None:
                 lse.copy_(group_lse.reshape(lse.shape))
-            return o.to(problem.o_dtype)
+            return o if o.dtype == problem.o_dtype else o.to(problem.o_dtype)
         if out is None:
             out = q.new_empty((plan.num_rows, problem.num_qo_heads, problem.head_dim_vo), dtype=problem.o_dtype)
         store(out, group.rows, o)
@@ -97,49 +106,46 @@ def gather(
     problem: Problem,
     buffer: GatherBuffer,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy the K and V of a group into `[num_requests, num_kv_heads, kv_len, head_dim]`, contiguous.
+    """Copy the K and V of a group into `[num_requests, num_kv_heads, kv_len, head_dim]` each.
 
     The cache is read as rows of one token and one head, since those are what the attention needs side by side: the
     copy then is also the transposition. IndexError if a page id lies outside the cache.
     """
-    shape = (group.num_requests, problem.num_kv_heads, group.kv_len, problem.head_dim_qk)
     if isinstance(kv, torch.Tensor):
-        both = _select(group, kv, kv_layout, problem, buffer, (2, *shape))
-        return both[0], both[1]
-    k = _select(group, kv[0], kv_layout, problem, None, shape)
-    v = _select(group, kv[1], kv_layout, problem, None, (*shape[:3], problem.head_dim_vo))
+        _, k, v = _select(group, kv, kv_layout, problem, buffer, problem.head_dim_qk)
+        return k, v
+    k = _select(group, kv[0], kv_layout, problem, GatherBuffer(), problem.head_dim_qk)[1]
+    v = _select(group, kv[1], kv_layout, problem, GatherBuffer(), problem.head_dim_vo)[1]
     return k, v
 
 
 def _select(
-    group: Group,
-    cache: torch.Tensor,
-    kv_layout: str,
-    problem: Problem,
-    buffer: GatherBuffer | None,
-    shape: tuple[int, ...],
-) -> torch.Tensor:
-    """Gather rows of `cache`: `[pages, 2, ...]` (K and V) or `[pages, ...]` (one of them)."""
+    group: Group, cache: torch.Tensor, kv_layout: str, problem: Problem, buffer: GatherBuffer, head_dim: int
+) -> tuple[torch.Tensor, ...]:
+    """Gather rows of `cache`: `[pages, 2, ...]` (K and V) or `[pages, ...]` (one of them); all of them, then each."""
     key = (cache.shape, cache.stride())
     known = group.row_tables.get(key)
     if known is None:
         steps = zip(cache.shape[:-1], cache.stride()[:-1], strict=True)
-        if cache.stride(-1) != 1 or any(size > 1 and step % shape[-1] for size, step in steps):
+        if cache.stride(-1) != 1 or any(size > 1 and step % head_dim for size, step in steps):
             # Rows that do not start at a multiple of their length cannot be numbered.
-            return _select(group, cache.contiguous(), kv_layout, problem, buffer, shape)
-        known = group.row_tables[key] = _row_table(group, cache, kv_layout, problem, shape[-1])
+            return _select(group, cache.contiguous(), kv_layout, problem, buffer, head_dim)
+        known = group.row_tables[key] = _row_table(group, cache, kv_layout, problem, head_dim)
     table, num_rows = known
-    rows = cache.detach().as_strided((num_rows, shape[-1]), (shape[-1], 1))
-    if buffer is None:
-        return rows.index_select(0, table).view(shape)
-    target = buffer.take((table.numel(), shape[-1]), cache.dtype, cache.device)
-    return torch.index_select(rows, 0, table, out=target).view(shape)
+    rows = (cache.detach() if cache.requires_grad else cache).as_strided((num_rows, head_dim), (head_dim, 1))
+    views = buffer.take((group.num_requests, problem.num_kv_heads, cache.ndim - 3, group.kv_len, head_dim), cache)
+    torch.index_select(rows, 0, table, out=views[0])
+    return views
 
 
 def _row_table(
     group: Group, cache: torch.Tensor, kv_layout: str, problem: Problem, head_dim: int
 ) -> tuple[torch.Tensor, int]:
-    """Number the rows of a cache that a group reads, and count all; every layer of a pool has the same strides."""
+    """Number the rows of a cache that a group reads, and count all; every layer of a pool has the same strides.
+
+    K and V of a request's head come one after the other: threads share out the copying, and then the attention, by
+    requests and heads, and a core is slow to read what another one has just written.
+    """
     heads_axis, slot_axis = (-2, -3) if kv_layout == "NHD" else (-3, -2)
     found = (cache.shape[heads_axis], cache.shape[slot_axis], cache.shape[-1])
     planned = (problem.num_kv_heads, problem.page_size, head_dim)
@@ -149,10 +155,10 @@ def _row_table(
     num_rows = 1 + sum((size - 1) * step for size, step in zip(cache.shape[:-1], steps, strict=True))
     page_step, slot_step, head_step = steps[0], steps[slot_axis + 1], steps[heads_axis + 1]
     parts = (0, steps[1]) if cache.ndim == 5 else (0,)  # K, then V
-    starts = [[part + head * head_step for head in range(problem.num_kv_heads)] for part in parts]
-    offsets = torch.tensor(starts, device=cache.device)[:, None, :, None]
+    starts = [[head * head_step + part for part in parts] for head in range(problem.num_kv_heads)]
+    offsets = torch.tensor(starts, device=cache.device)[:, :, None]
     token = torch.add(group.page_ids * page_step, group.slots, alpha=slot_step)
-    return (token[:, None, :] + offsets).view(-1), num_rows
+    return (token[:, None, None, :] + offsets).view(-1), num_rows
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

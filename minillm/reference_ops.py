@@ -73,22 +73,29 @@ def append_paged_kv_cache(
     FlashInfer does not notice). Source: https://docs.flashinfer.ai/api/page.html.
     """
     check_kv_layout(kv_layout)
+    if append_key.requires_grad or append_value.requires_grad:
+        append_key, append_value = append_key.detach(), append_value.detach()
     k, v = unpack_paged_cache(paged_kv_cache, kv_layout)
+    if not append_key.dtype == append_value.dtype == k.dtype:
+        raise RuntimeError(f"keys are {append_key.dtype}, values {append_value.dtype}, but the cache is {k.dtype}")
     page_size = k.shape[1 if kv_layout == "NHD" else 2]
-    page_numbers = torch.div(positions, page_size, rounding_mode="floor")
-    page_ids = kv_indices.index_select(0, page_numbers + kv_indptr.index_select(0, batch_indices))
-    slots = positions.sub(page_numbers, alpha=page_size)
+    page_numbers = positions.div(page_size, rounding_mode="floor")
+    page_ids = kv_indices.index_select(0, page_numbers.add_(kv_indptr.index_select(0, batch_indices))).long()
+    slots = positions.remainder(page_size)
     if kv_layout == "NHD" and isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.is_contiguous():
-        # All slots of all pages as one list of rows: page by page, first those of K, then those of V.
-        rows = paged_kv_cache.detach().view(-1, *k.shape[-2:])
-        index = slots.add_(page_ids, alpha=2 * page_size).long()
-        rows.index_copy_(0, index, append_key.detach())
-        rows.index_copy_(0, index.add_(page_size), append_value.detach())
+        # All slots of all pages as one list of rows, page by page, first those of K, then those of V. What a row pairs
+        # with lies page_size rows below it: so K and V are written as one.
+        num_pages, _, num_heads, head_dim = k.shape
+        size = num_heads * head_dim
+        shape = (2 * num_pages * page_size - page_size, 2, num_heads, head_dim)
+        pairs = paged_kv_cache.detach().as_strided(shape, (size, page_size * size, head_dim, 1))
+        index = slots.add(page_ids, alpha=2 * page_size)
+        pairs.index_copy_(0, index, torch.stack((append_key, append_value), dim=1))
         return
     if kv_layout == "HND":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    k.index_put_((page_ids, slots), append_key.detach())
-    v.index_put_((page_ids, slots), append_value.detach())
+    k.index_put_((page_ids, slots.long()), append_key)
+    v.index_put_((page_ids, slots.long()), append_value)
 
 
 def rmsnorm(
@@ -104,8 +111,7 @@ def rmsnorm(
     before the weight, too: bf16 results differ in the last bit. Source: arXiv:1910.07467,
     https://docs.flashinfer.ai/api/norm.html.
     """
-    result = _normalised(input, weight, eps)
-    return result if out is None else out.copy_(result)
+    return _normalised(input, weight, eps, torch.empty_like(input) if out is None else out)
 
 
 def fused_add_rmsnorm(
@@ -120,19 +126,21 @@ def fused_add_rmsnorm(
     The norm sees the sum before its rounding to the tensors' dtype. Source: https://docs.flashinfer.ai/api/norm.html.
     """
     if residual.dtype == torch.float32:
-        residual.add_(input)
-        scale = residual.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        torch.mul(residual, scale, out=input).mul_(weight)
+        _normalised(residual.add_(input), weight, eps, out=input)
         return
     total = residual.float().add_(input)
     residual.copy_(total)
-    input.copy_(_normalised(total, weight.float(), eps))
+    _normalised(total, weight, eps, out=input)
 
 
-def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if x.dtype == torch.float32 and weight.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """The norm of `x`, written to `out` (which may be `x`) and returned; in few operations, for that is what counts."""
+    if x.dtype != torch.float32 or out.dtype != torch.float32:
+        x, weight = x.float(), weight.float()
+        return out.copy_(_normalised(x, weight, eps, out=torch.empty_like(x)))
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = torch.rsub(squares, eps, alpha=-1.0 / x.shape[-1]).rsqrt_()  # rsub: eps + squares / size, as one
+    return torch.mul(x, scale, out=out).mul_(weight)
 
 
 def silu_and_mul(input: torch.Tensor, out: torch.Tensor | None = None, enable_pdl: bool | None = None) -> torch.Tensor:
@@ -169,8 +177,9 @@ def apply_rope_pos_ids(
     The first `rotary_dim` dimensions turn by `position * theta ** (-2i / rotary_dim) / rope_scale`, as halves
     (`interleave=False`) or as neighbouring pairs. Source: arXiv:2104.09864, https://docs.flashinfer.ai/api/rope.html.
     """
-    cos, sin = _angles(q, pos_ids, rotary_dim, rope_scale, rope_theta)
-    return _rotated(q, cos, sin, interleave), _rotated(k, cos, sin, interleave)
+    q, k = q.clone(), k.clone()
+    apply_rope_pos_ids_inplace(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
+    return q, k
 
 
 def apply_rope_pos_ids_inplace(
@@ -184,8 +193,8 @@ def apply_rope_pos_ids_inplace(
 ) -> None:
     """`apply_rope_pos_ids`, writing into `q` and `k` (strided views too)."""
     cos, sin = _angles(q, pos_ids, rotary_dim, rope_scale, rope_theta)
-    _rotate_in_place(q, cos, sin, interleave)
-    _rotate_in_place(k, cos, sin, interleave)
+    for x in _joined(q, k):
+        _rotate(x, cos, sin, interleave)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -202,10 +211,9 @@ def apply_rope_with_cos_sin_cache(
     else neighbouring pairs. Raises ValueError for a table of another dtype.
     Source: https://docs.flashinfer.ai/api/rope.html.
     """
-    cos, sin = _looked_up(positions, cos_sin_cache)
-    q = _rotated(query.view(query.shape[0], -1, head_size), cos, sin, not is_neox)
-    k = _rotated(key.view(key.shape[0], -1, head_size), cos, sin, not is_neox)
-    return q.view(query.shape), k.view(key.shape)
+    query, key = query.clone(), key.clone()
+    apply_rope_with_cos_sin_cache_inplace(positions, query, key, head_size, cos_sin_cache, is_neox)
+    return query, key
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -217,9 +225,11 @@ def apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool = True,
 ) -> None:
     """`apply_rope_with_cos_sin_cache`, writing into `query` and `key`."""
-    cos, sin = _looked_up(positions, cos_sin_cache)
-    _rotate_in_place(query.view(query.shape[0], -1, head_size), cos, sin, not is_neox)
-    _rotate_in_place(key.view(key.shape[0], -1, head_size), cos, sin, not is_neox)
+    if cos_sin_cache.dtype != torch.float32:
+        raise ValueError("cos_sin_cache should be float32")
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    for x in _joined(query, key):
+        _rotate(x.view(x.shape[0], -1, head_size), cos, sin, not is_neox)
 
 
 def _angles(
@@ -232,48 +242,23 @@ def _angles(
     return angles.cos(), angles.sin()
 
 
-def _looked_up(positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) `[nnz, 1, rotary_dim / 2]` float32 of positions, from a table."""
-    if cos_sin_cache.dtype != torch.float32:
-        raise ValueError("cos_sin_cache should be float32")
-    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-    return cos, sin
+def _joined(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`q` and `k` as one tensor where a row of k follows that of q in memory, as they leave a fused projection."""
+    size = q.shape[1] * q.stride(1)
+    follows = k.storage_offset() - q.storage_offset() == size and k.data_ptr() - q.data_ptr() == size * q.itemsize
+    if follows and q.stride() == k.stride() and q.shape[2:] == k.shape[2:]:
+        return (q.as_strided((q.shape[0], q.shape[1] + k.shape[1], *q.shape[2:]), q.stride()),)
+    return q, k
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
-    """The rotated part of `x` `[nnz, heads, dim]`, float32 `[nnz, heads, rotary_dim]`."""
-    half = cos.shape[-1]
-    if x.shape[-1] != 2 * half:
-        x = x[..., : 2 * half]
-    if x.dtype != torch.float32:
-        x = x.float()
-    nnz, heads, dim = x.shape
-    pair = 3 if interleave else 2
-    pairs = x.view(nnz, heads, half, 2) if interleave else x.view(nnz, heads, 2, half)
-    turned = pairs * cos.unsqueeze(pair)
-    a, b = pairs.unbind(pair)
-    turned_a, turned_b = turned.unbind(pair)
-    turned_a.addcmul_(b, sin, value=-1)
-    turned_b.addcmul_(a, sin)
-    return turned.view(nnz, heads, dim)
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
-    turned = _turned(x, cos, sin, interleave)
-    if x.dtype != torch.float32:
-        turned = turned.to(x.dtype)
-    rotary_dim = turned.shape[-1]
-    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)
-
-
-def _rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> None:
-    if x.dtype == torch.float32 and not interleave and x.shape[-1] == 2 * cos.shape[-1]:
-        halves = x.view(*x.shape[:2], 2, -1)
-        swapped = halves.flip(2)
-        halves.mul_(cos.unsqueeze(2))
-        swapped.mul_(sin.unsqueeze(2))
-        halves[:, :, 0].sub_(swapped[:, :, 0])
-        halves[:, :, 1].add_(swapped[:, :, 1])
-        return
-    turned = _turned(x, cos, sin, interleave)
-    (x if x.shape == turned.shape else x[..., : turned.shape[-1]]).copy_(turned)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> None:
+    """Rotate `x` `[nnz, heads, dim]` in place by angles `[nnz, 1, rotary_dim / 2]`; in float32."""
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        x = x[..., : 2 * cos.shape[-1]]
+    y = x if x.dtype == torch.float32 else x.float()
+    a, b = (y[..., ::2], y[..., 1::2]) if interleave else y.chunk(2, dim=-1)
+    a_sin = a * sin
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).add_(a_sin)
+    if y is not x:
+        x.copy_(y)

@@ -17,11 +17,43 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from minillm.config import read_json
 from minillm.errors import CheckpointError
 from minillm.validation import shown
+
+FEW_ROWS = 64  # up to so many, a product is faster in parts
+
+
+class Matrix:
+    """A weight `[out_features, in_features]`, laid out for products with the few rows that decode consists of.
+
+    On a CPU, the product of one row with a matrix is a matter of reading the matrix. It is fastest where the matrix
+    lies in memory column by column, and where the threads read parts of it side by side, which the CPU's library does
+    not do by itself for a single row: it is given the columns as a batch of narrower matrices. GPUs need none of this.
+    """
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype):
+        self.parts: torch.Tensor | None = None
+        if device.type != "cpu":
+            self.weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+            return
+        columns = torch.empty(in_features, out_features, device=device, dtype=dtype)
+        self.weight = columns.t()
+        num_parts = max(n for n in range(1, min(torch.get_num_threads(), 8) + 1) if out_features % n == 0)
+        if num_parts > 1:
+            self.parts = columns.view(in_features, num_parts, -1).transpose(0, 1)  # [num_parts, in, out / num_parts]
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x W^T + bias`, `[num_tokens, in_features]` to `[num_tokens, out_features]`."""
+        num_rows = x.shape[0]
+        if self.parts is None or num_rows > FEW_ROWS:
+            return F.linear(x, self.weight, bias)
+        y = torch.bmm(x.expand(self.parts.shape[0], -1, -1), self.parts)
+        y = y.view(1, -1) if num_rows == 1 else y.transpose(0, 1).reshape(num_rows, -1)
+        return y if bias is None else y.add_(bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,8 +90,9 @@ def check_tensor(
         raise ValueError(f"Invalid device of {name}: expected {device}, got {x.device}")
 
 
-def check_planned_dtypes(q: torch.Tensor, k: torch.Tensor, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+def check_planned_dtypes(q: torch.Tensor, kv: PagedKVCache, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """Raise ValueError unless run() got the dtypes that plan() was told."""
+    k = kv if isinstance(kv, torch.Tensor) else kv[0]
     if q.dtype != q_dtype:
         raise ValueError(
             f"The dtype of q {q.dtype} does not match the q_data_type {q_dtype} specified in plan function."
@@ -164,6 +165,13 @@ def unpack_paged_cache(paged_kv_cache: PagedKVCache, kv_layout: str) -> tuple[to
     cache = paged_kv_cache if paged_kv_cache.ndim == 5 else paged_kv_cache.unsqueeze(page_axis)
     k, v = cache.unbind(1)
     return k, v
+
+
+def whole_or_pair(paged_kv_cache: PagedKVCache, kv_layout: str) -> PagedKVCache:
+    """A paged cache as one 5-D tensor if it is one, else as `unpack_paged_cache` splits it."""
+    if isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.ndim == 5:
+        return paged_kv_cache
+    return unpack_paged_cache(paged_kv_cache, kv_layout)
 
 
 def softmax_scale(sm_scale: float | None, head_dim: int, *factors: float | torch.Tensor | None) -> float:

@@ -26,7 +26,7 @@ from minillm.reference_checks import (
     refreshed,
     refuse,
     softmax_scale,
-    unpack_paged_cache,
+    whole_or_pair,
 )
 from minillm.reference_kernel import GatherBuffer, run_plan
 from minillm.reference_plan import Plan, Problem, kv_lengths, make_plan
@@ -297,9 +297,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
             kv_cache_sf=kv_cache_sf,
         )
-        k, v = unpack_paged_cache(paged_kv_cache, self._kv_layout)
+        kv = whole_or_pair(paged_kv_cache, self._kv_layout)
         problem = plan.problem
-        check_planned_dtypes(q, k, problem.q_dtype, problem.kv_dtype)
+        check_planned_dtypes(q, kv, problem.q_dtype, problem.kv_dtype)
         self._check_rows(q, q_len_per_req)
         if window_left is not None and window_left != problem.window_left:
             raise AssertionError("window_left must be what plan() was told")
@@ -312,7 +312,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
         else:
             check_tensor(lse, q.shape[:2], torch.float32, q.device, "lse")
         scale = softmax_scale(problem.sm_scale, q.size(-1), q_scale, k_scale)
-        kv = paged_kv_cache if isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.ndim == 5 else (k, v)
         out = run_plan(plan, q, kv, self._kv_layout, self._gather_buffer, scale, out, lse)
         return finish(out, lse, v_scale)
 

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minillm.reference_plan import Group, Plan, Problem
+from minillm.reference_plan import Gather, Group, Plan, Problem
 
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -20,25 +20,21 @@ class GatherBuffer:
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
-        self._key: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
-        self._views: tuple[torch.Tensor, ...] = ()
 
-    def take(self, shape: tuple[int, int, int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Uninitialised memory for `[requests, heads, parts, tokens, dim]`, valid until the next call.
+    def take(
+        self, shape: tuple[int, int, int, int, int], like: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Uninitialised memory for `[requests, heads, parts, tokens, dim]`; the next taker may be given the same.
 
         Returns it as rows `[.., dim]`, and each part as `[requests, heads, tokens, dim]`.
         """
-        key = (shape, like.dtype, like.device)
-        if key == self._key:
-            return self._views  # as in the layer before
         buffer, numel = self._buffer, math.prod(shape)
         # A tensor born in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             if buffer is None or buffer.numel() < numel or buffer.dtype != like.dtype or buffer.device != like.device:
                 buffer = self._buffer = torch.empty(numel, dtype=like.dtype, device=like.device)
             whole = buffer[:numel].view(shape)
-            self._key, self._views = key, (whole.view(-1, shape[-1]), *whole.unbind(2))
-        return self._views
+            return whole.view(-1, shape[-1]), whole.unbind(2)
 
 
 def run_plan(
@@ -112,30 +108,34 @@ def gather(
     copy then is also the transposition. IndexError if a page id lies outside the cache.
     """
     if isinstance(kv, torch.Tensor):
-        _, k, v = _select(group, kv, kv_layout, problem, buffer, problem.head_dim_qk)
+        k, v = _select("kv", group, kv, kv_layout, problem, buffer)
         return k, v
-    k = _select(group, kv[0], kv_layout, problem, GatherBuffer(), problem.head_dim_qk)[1]
-    v = _select(group, kv[1], kv_layout, problem, GatherBuffer(), problem.head_dim_vo)[1]
+    (k,) = _select("k", group, kv[0], kv_layout, problem, GatherBuffer())
+    (v,) = _select("v", group, kv[1], kv_layout, problem, GatherBuffer())
     return k, v
 
 
 def _select(
-    group: Group, cache: torch.Tensor, kv_layout: str, problem: Problem, buffer: GatherBuffer, head_dim: int
+    what: str, group: Group, cache: torch.Tensor, kv_layout: str, problem: Problem, buffer: GatherBuffer
 ) -> tuple[torch.Tensor, ...]:
-    """Gather rows of `cache`: `[pages, 2, ...]` (K and V) or `[pages, ...]` (one of them); all of them, then each."""
-    key = (cache.shape, cache.stride())
-    known = group.row_tables.get(key)
-    if known is None:
-        steps = zip(cache.shape[:-1], cache.stride()[:-1], strict=True)
-        if cache.stride(-1) != 1 or any(size > 1 and step % head_dim for size, step in steps):
+    """Gather rows of `cache`: `[pages, 2, ...]` ("kv") or `[pages, ...]` ("k" or "v")."""
+    if cache.requires_grad:
+        cache = cache.detach()
+    strides = cache.stride()
+    key = (what, cache.shape, strides, cache.dtype)
+    known = group.gathers.get(key)
+    if known is None:  # the first layer; the others of a pool have the same shape
+        head_dim = problem.head_dim_vo if what == "v" else problem.head_dim_qk
+        steps = zip(cache.shape[:-1], strides[:-1], strict=True)
+        if strides[-1] != 1 or any(size > 1 and step % head_dim for size, step in steps):
             # Rows that do not start at a multiple of their length cannot be numbered.
-            return _select(group, cache.contiguous(), kv_layout, problem, buffer, head_dim)
-        known = group.row_tables[key] = _row_table(group, cache, kv_layout, problem, head_dim)
-    table, num_rows = known
-    rows = (cache.detach() if cache.requires_grad else cache).as_strided((num_rows, head_dim), (head_dim, 1))
-    views = buffer.take((group.num_requests, problem.num_kv_heads, cache.ndim - 3, group.kv_len, head_dim), cache)
-    torch.index_select(rows, 0, table, out=views[0])
-    return views
+            return _select(what, group, cache.contiguous(), kv_layout, problem, buffer)
+        table, num_rows = _row_table(group, cache, kv_layout, problem, head_dim)
+        shape = (group.num_requests, problem.num_kv_heads, cache.ndim - 3, group.kv_len, head_dim)
+        known = group.gathers[key] = Gather((num_rows, head_dim), table, *buffer.take(shape, cache))
+    rows = cache.as_strided(known.rows_shape, (known.rows_shape[1], 1))
+    torch.index_select(rows, 0, known.table, out=known.target)
+    return known.parts
 
 
 def _row_table(
@@ -185,11 +185,20 @@ def attend(
     if want_lse or soft_cap > 0 or v.shape[-1] != q.shape[-1]:
         return _attend_by_hand(q, k, v, bias, is_square_causal, scale, soft_cap)
     requests, qo_len, num_qo_heads, dim = q.shape
-    num_kv_heads = k.shape[1]
     if qo_len == 1:
         # The query heads that share a K/V head become rows of one matrix, so K and V are read once a group.
-        grouped = q.reshape(requests, num_kv_heads, num_qo_heads // num_kv_heads, dim)
-        return F.scaled_dot_product_attention(grouped, k, v, bias, scale=scale), None
+        num_kv_heads, kv_len = k.shape[1:3]
+        if q.dtype != torch.float32:
+            grouped = q.reshape(requests, num_kv_heads, num_qo_heads // num_kv_heads, dim)
+            return F.scaled_dot_product_attention(grouped, k, v, bias, scale=scale), None
+        # Three steps in sight are faster than one fused kernel that is made for many rows; and nothing rounds between.
+        rows = (q * scale).view(requests * num_kv_heads, -1, dim)
+        keys, values = k.reshape(-1, kv_len, dim).transpose(1, 2), v.reshape(-1, kv_len, dim)
+        if bias is None:
+            scores = torch.bmm(rows, keys)
+        else:
+            scores = torch.baddbmm(bias.expand(-1, num_kv_heads, -1, -1).reshape(-1, 1, kv_len), rows, keys)
+        return torch.bmm(scores.softmax(-1), values), None
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k,
@@ -197,7 +206,7 @@ def attend(
         bias,
         is_causal=is_square_causal,
         scale=scale,
-        enable_gqa=num_qo_heads != num_kv_heads,
+        enable_gqa=num_qo_heads != k.shape[1],
     )
     return o.transpose(1, 2), None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,15 +38,25 @@ class Problem:
     rope: tuple[float, float] | None = None  # (scale, theta) when K and Q are rotated inside attention
 
 
+class Gather(NamedTuple):
+    """How a group's K/V are copied from a cache of one shape: the same for every layer, so worked out by the first."""
+
+    rows_shape: tuple[int, int]  # of the cache, seen as rows of one token and one head
+    table: torch.Tensor  # int64, the rows to copy
+    target: torch.Tensor  # where to
+    parts: tuple[torch.Tensor, ...]  # K and V (or one of them) there
+
+
 @dataclass(frozen=True)
 class Group:
     """Requests with `qo_len` query rows each, and K/V padded to `kv_len` tokens.
 
     `rows`: the group's rows of q, request after request. `page_ids`, `slots` `[num_requests, kv_len]` int64: where each
     token lies (padding repeats the request's last token: real, hence finite, values). `bias`: 0 or -inf, to be added
-    to the scores, `[num_requests, 1, qo_len, kv_len]` in q's dtype; None where every row sees every token, or where
-    `is_square_causal` says that the mask is the plain lower triangle. `blind`: rows that see nothing, `[rows]` bool.
-    `rotary`: (cos, sin) of the queries, (cos, sin) of the keys. `row_tables`: see `minillm.reference_kernel`.
+    to the scores, `[num_requests, 1, qo_len, kv_len]` in q's dtype (a decode row's padding: `[num_requests,
+    num_kv_heads, 1, kv_len]`); None where every row sees every token, or where `is_square_causal` says that the mask is
+    the plain lower triangle. `blind`: rows that see nothing, `[rows]` bool.
+    `rotary`: (cos, sin) of the queries, (cos, sin) of the keys. `gathers`: filled by `minillm.reference_kernel`.
     """
 
     rows: slice | torch.Tensor
@@ -58,9 +69,7 @@ class Group:
     is_square_causal: bool
     blind: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
-    row_tables: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[torch.Tensor, int]] = field(
-        default_factory=dict, repr=False
-    )
+    gathers: dict[tuple[Any, ...], Gather] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,8 @@ def _visibility(
         # Decode rows see all their K/V: only the padding is hidden.
         padding = np.arange(width) >= (kv_lens - first)[:, None]
         hidden = torch.from_numpy(np.where(padding, np.float32(-np.inf), np.float32(0.0)))
-        return hidden.to(device, problem.q_dtype)[:, None, None], None, False
+        bias = hidden.to(device, problem.q_dtype)[:, None, None]
+        return bias.expand(-1, problem.num_kv_heads, -1, -1).contiguous(), None, False
     lens = torch.from_numpy(kv_lens.astype(np.int64)).to(device)[:, None, None]
     start = torch.from_numpy(first.astype(np.int64)).to(device)[:, None, None]
     j = start + torch.arange(width, device=device)  # [requests, 1, width]

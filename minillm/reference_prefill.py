@@ -21,7 +21,7 @@ from minillm.reference_checks import (
     refreshed,
     refuse,
     softmax_scale,
-    unpack_paged_cache,
+    whole_or_pair,
 )
 from minillm.reference_plan import Problem, kv_lengths, make_plan
 
@@ -220,10 +220,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             use_fp16_softmax=use_fp16_softmax,
             uses_spcompress=uses_spcompress,
         )
-        k, v = unpack_paged_cache(paged_kv_cache, self._kv_layout)
+        kv = whole_or_pair(paged_kv_cache, self._kv_layout)
         check_lse_options(lse_base, lse_layout)
         problem = plan.problem
-        check_planned_dtypes(q, k, problem.q_dtype, problem.kv_dtype)
+        check_planned_dtypes(q, kv, problem.q_dtype, problem.kv_dtype)
         if q.size(0) != plan.num_rows:
             raise ValueError(
                 f"q.shape[0] ({q.size(0)}) does not match qo_indptr[-1] ({plan.num_rows}). For paged prefill, q must "
@@ -237,8 +237,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         if window_left is not None and window_left != problem.window_left:
             raise AssertionError("window_left must be what plan() was told")
         scale = softmax_scale(problem.sm_scale, q.size(-1), q_scale, k_scale)
-        whole = isinstance(paged_kv_cache, torch.Tensor) and paged_kv_cache.ndim == 5
-        kv = paged_kv_cache if whole else (k, v)
         return self._attend(q, kv, self._kv_layout, scale, v_scale, out, lse, return_lse, lse_base, lse_layout)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)

@@ -101,7 +101,6 @@ class TransformersPeer:
                 token_ids,
                 attention_mask=mask,
                 max_new_tokens=num_new,
-                min_new_tokens=num_new,
                 do_sample=False,
                 temperature=None,
                 top_p=None,

@@ -336,7 +336,8 @@ def test_a_huge_header_costs_no_memory(tmp_path: Path) -> None:
         (["folder"], "list"),
     ],
 )
-def test_a_wrong_name(model: Any, words: str) -> None:
+def test_a_wrong_name(model: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="model") as caught:
         ModelLoader(model)
     assert words in str(caught.value)

@@ -1,7 +1,5 @@
 """The contracts accept what is right, and catch what is wrong by the rule that was meant for it."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -281,12 +279,10 @@ class CachesAlways(PageManager):
         super().__init__(num_pages, page_size, True)
 
 
-def test_correct_managers_pass_quickly():
-    start = time.perf_counter()
+def test_correct_managers_pass():
     check_page_manager(PageManager, prefix_caching=True)
     check_page_manager(PageManager, prefix_caching=False)
     check_page_manager(SimplePageManager, prefix_caching=False)
-    assert time.perf_counter() - start < 15  # a second or two each on a quiet core
 
 
 @pytest.mark.parametrize(

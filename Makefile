@@ -23,7 +23,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 NBVAL    := --nbval --nbval-current-env --nbval-cell-timeout=120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo doctor test lint lab notebooks bench gpu soak clean distclean
+.PHONY: help setup dev demo doctor test test-browser lint lab notebooks bench gpu soak clean distclean
 
 help:
 	@echo "make demo       set up .venv (once) and tell stories with the bundled model"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench      measure, beside transformers"
 	@echo "make gpu        add FlashInfer (NVIDIA GPU, nvcc)"
 	@echo "make soak       the tests that run for minutes"
+	@echo "make test-browser  the book in JupyterLab in Chromium, light and dark; pictures in browser-report"
 	@echo "make clean      remove caches; distclean: .venv, too"
 
 # --- the environment: a stamp file for each stage, so that a second run starts at once ---------------------------------
@@ -86,6 +87,11 @@ lint: dev
 
 test: lint
 	$(PYTEST) -q -n $(WORKERS) --dist loadscope $(NBVAL) tests notebooks $(ARGS)
+
+# Not part of `make test`: needs a Chromium on this machine (Debian: apt-get install chromium), and takes minutes.
+test-browser: dev
+	@$(PIP) install -q -c constraints.txt playwright
+	$(TEST_ENV) $(BIN)/python tests/browser/run_chapters.py $(ARGS)
 
 notebooks: dev
 	@$(TEST_ENV) $(BIN)/python -m minillm.lab.notebooks $(ARGS)

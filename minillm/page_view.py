@@ -89,7 +89,7 @@ def html_map(snapshot: PageSnapshot, name: str = "PageManager") -> str:
     """The same map as HTML: colours of its own on used pages, the notebook theme's colours for the rest."""
     num_pages = len(snapshot.states)
     characters, width = _characters(snapshot), _row_width(num_pages)
-    styles = {".": "opacity:.5", "c": "background:#999999;color:#000000", "*": "background:#000000;color:#ffffff"}
+    styles = {".": "opacity:.7", "c": "background:#a6a6a6;color:#000000", "*": "background:#5b5b5b;color:#ffffff"}
     letters = _letters(snapshot)
     for index, letter in enumerate(letters.values()):
         color = COLORS[index % len(COLORS)]

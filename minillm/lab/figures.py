@@ -61,9 +61,9 @@ STACK = (
     ("LLM · LLMEngine", "requests in, tokens out; owns everything below", ("00", "11", "12"), 0, 0, 100, 8, BLUE),
     ("Scheduler", "who gets how many\ntokens this step", ("08",), 0, 11, 24, 18, ORANGE),
     ("ModelRunner", "one step: build context → forward → sample", ("07",), 27, 11, 46, 7, GREEN),
-    ("WrapperManager", "plan, run", ("04",), 27, 21, 14.5, 8, GREEN),
-    ("ModelLoader", "weights", ("06",), 42.5, 21, 12, 8, GREEN),
-    ("DistributedManager", "one rank a GPU", ("10",), 55.5, 21, 17.5, 8, GREEN),
+    ("WrapperManager", "plan, run", ("04",), 27, 21, 15.1, 8, GREEN),
+    ("ModelLoader", "weights", ("06",), 42.9, 21, 11.9, 8, GREEN),
+    ("DistributedManager", "one rank a GPU", ("10",), 55.6, 21, 17.4, 8, GREEN),
     ("PageManager · KVPool", "pages, page tables,\nthe prefix cache", ("02", "09"), 76, 11, 24, 18, PURPLE),
     ("InferenceContext", "one step’s state, handed through every layer", ("03",), 0, 32, 100, 7, YELLOW),
     ("Model layers", "norms, projections, rotary embedding, MLP", ("07",), 0, 42, 58, 8, SKY),
@@ -83,7 +83,7 @@ STACK = (
 
 STACK_ARROWS = (
     *((x, 8.2) for x in (12.0, 50.0, 88.0)),
-    *((x, 18.2) for x in (34.0, 48.5, 64.0)),
+    *((x, 18.2) for x in (34.5, 48.8, 64.3)),
     (50.0, 29.2),
     (29.0, 39.2),
     (80.0, 39.2),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib import patheffects
 from matplotlib.patches import Patch, Rectangle
 
 from minillm.lab.style import (
@@ -80,11 +81,13 @@ def memory_strips(strips: Mapping[str, Sequence[Piece]], num_slots: int, order: 
             axes.add_patch(Rectangle(where, piece.used, 0.48, facecolor=color, edgecolor="none"))
             axes.add_patch(Rectangle(where, piece.reserved, 0.48, facecolor="none", edgecolor=INK, linewidth=0.7))
             small = piece.reserved < num_slots / 24
-            mostly_empty = piece.used < piece.reserved / 2
-            middle = piece.start + (piece.reserved if mostly_empty and small else piece.used) / 2
-            ink = INK if mostly_empty and small else text_color(color)
+            over_hatch = small and piece.used < piece.reserved / 2
+            middle = piece.start + (piece.reserved if over_hatch else piece.used) / 2
+            ink = INK if over_hatch else text_color(color)
+            halo = [patheffects.withStroke(linewidth=2.5, foreground=PAPER)] if over_hatch else []
             letter = request_letter(piece.request_id, order)
-            draw_text(axes, middle, row, letter, color=ink, fontsize=6.5 if small else 9, weight="bold")
+            size = 6.5 if small else 9
+            draw_text(axes, middle, row, letter, color=ink, fontsize=size, weight="bold", path_effects=halo)
     axes.set_xlim(-0.005 * num_slots, 1.005 * num_slots)
     axes.set_ylim(len(strips) - 0.6, -0.6)
     keys = [

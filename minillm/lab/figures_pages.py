@@ -94,11 +94,12 @@ def draw_page_tables(axes: Axes, snapshot: PageSnapshot, order: Sequence[str], x
 
 
 @in_style
-def film_strip(frames: Sequence[Frame], columns: int = 16) -> BookFigure:
+def film_strip(frames: Sequence[Frame], columns: int = 16, numbered: bool = True) -> BookFigure:
     """What happened to a pool, one frame below the other: the pool on the left, the page tables on the right.
 
     `frames` are (what just happened, the `PageManager.snapshot()` after it). Pages that changed since the frame before
-    are framed heavily. `figure.numbers`: `counts` and `tables` of each frame.
+    are framed heavily. `numbered`: whether a frame's title begins with its number; a single one's never does.
+    `figure.numbers`: `counts` and `tables` of each frame.
     """
     if not frames:
         raise ValueError("a film strip needs at least one frame")
@@ -112,8 +113,9 @@ def film_strip(frames: Sequence[Frame], columns: int = 16) -> BookFigure:
     scale = min(INCHES_PER_UNIT * 1.2, 9.0 / width)
     figure, axes = new_canvas(width * scale, height * scale)
     y, before = 0.0, None
+    numbered = numbered and len(frames) > 1
     for number, ((title, snapshot), rows) in enumerate(zip(frames, heights, strict=True), start=1):
-        draw_text(axes, -0.5, y, f"{number}. {title}", ha="left", weight="bold", fontsize=9)
+        draw_text(axes, -0.5, y, f"{number}. {title}" if numbered else title, ha="left", weight="bold", fontsize=9)
         draw_pool(axes, snapshot, order, 0.0, y + 1, columns, before)
         draw_page_tables(axes, snapshot, order, table_x, y + 1)
         y, before = y + rows, snapshot
@@ -124,11 +126,12 @@ def film_strip(frames: Sequence[Frame], columns: int = 16) -> BookFigure:
     page_legend(axes, order, [state for state in ("cached", "free") if any(state in s.states for _, s in frames)])
     counts = [count_pages(snapshot) for _, snapshot in frames]
     steps = "; ".join(
-        f"{number}, {title}: {_counted(count)}"
+        f"{number}, {title}: {_counted(count)}" if numbered else f"{title}: {_counted(count)}"
         for number, ((title, _), count) in enumerate(zip(frames, counts), start=1)
     )
     return figure.described(
-        f"A pool of {len(frames[0][1].states)} pages and its requests' page tables in {len(frames)} steps. {steps}.",
+        f"A pool of {len(frames[0][1].states)} pages and its requests' page tables"
+        f"{f' in {len(frames)} steps' if len(frames) > 1 else ''}. {steps}.",
         counts=counts,
         tables=[dict(snapshot.tables) for _, snapshot in frames],
     )

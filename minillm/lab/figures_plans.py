@@ -59,7 +59,7 @@ def work_plans(plans: Mapping[str, Workers], request_ids: Sequence[str]) -> Book
     all_axes[0][0].set_xlim(0, width * 1.1)
     all_axes[0][0].set_ylim(num_workers - 0.5, -0.5)
     all_axes[0][0].set_yticks(range(num_workers))
-    all_axes[0][0].set_ylabel("worker")
+    all_axes[0][0].set_ylabel("processor")
     beside = max(fair_share, loads[0][-1]) + width * 0.03
     draw_text(all_axes[0][0], beside, num_workers - 1, f"a fair share: {fair_share:.1f}", ha="left", color=GREY)
     counts = [sum(len(worker) for worker in workers) for workers in plans.values()]

@@ -186,7 +186,11 @@ def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float],
 
 def page_legend(axes: Axes, order: Sequence[str], states: Iterable[str] = ("cached", "free"), **style: Any) -> None:
     """The key to a figure with pages: one entry for each request, then the states."""
-    handles = [Patch(facecolor=request_color(request_id, order), label=request_id) for request_id in order]
+    handles = []
+    for request_id in order:
+        letter = request_letter(request_id, order)
+        label = request_id if letter == request_id else f"{letter} = {request_id}"
+        handles.append(Patch(facecolor=request_color(request_id, order), label=label))
     for state in states:
         face, hatch = PAGE_STYLES[state]
         handles.append(Patch(facecolor=face, hatch=hatch, edgecolor=GREY, label=state))

@@ -215,15 +215,20 @@ class PageManager:
             index = int(wrong.argmax())
             raise ValueError(f"{chunks[index]} is empty or beyond the room of its request, {capacities[index]} tokens")
         num_tokens, num_pages = ends - starts, -(-ends // self.page_size)
-        qo_indptr, kv_indptr = _indptr(num_tokens), _indptr(num_pages)
+        kv_indptr = _indptr(num_pages)
         entries = _ragged_arange(rows * self._page_tables.shape[1], num_pages, kv_indptr)
+        qo_indptr, positions = np.arange(len(chunks) + 1, dtype=np.int32), starts  # right for one token each: decodes
+        batch_indices = qo_indptr[:-1]
+        if (num_tokens > 1).any():
+            qo_indptr, batch_indices = _indptr(num_tokens), np.repeat(batch_indices, num_tokens)
+            positions = _ragged_arange(starts, num_tokens, qo_indptr)
         return BatchArrays(
             qo_indptr=qo_indptr,
             kv_indptr=kv_indptr,
             kv_indices=self._page_tables.reshape(-1)[entries],
             kv_last_page_len=(ends - (num_pages - 1) * self.page_size).astype(np.int32),
-            positions=_ragged_arange(starts, num_tokens, qo_indptr).astype(np.int32),
-            batch_indices=np.repeat(np.arange(len(chunks), dtype=np.int32), num_tokens),
+            positions=positions.astype(np.int32),
+            batch_indices=batch_indices,
             page_size=self.page_size,
         )
 

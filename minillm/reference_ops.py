@@ -79,6 +79,15 @@ def append_paged_kv_cache(
     if not append_key.dtype == append_value.dtype == k.dtype:
         raise RuntimeError(f"keys are {append_key.dtype}, values {append_value.dtype}, but the cache is {k.dtype}")
     page_size = k.shape[1 if kv_layout == "NHD" else 2]
+    if positions.shape[0] == 1 and kv_layout == "NHD" and k.device.type == "cpu":
+        # Of one token, a few integers say the place: on a CPU that is less work than any array.
+        position, owner = int(positions), int(batch_indices)
+        if position < 0 or owner < 0:
+            raise IndexError(f"position {position} of request {owner} has no place")
+        page_id = int(kv_indices[int(kv_indptr[owner]) + position // page_size])
+        slot = position % page_size
+        k[page_id, slot], v[page_id, slot] = append_key[0], append_value[0]
+        return
     page_numbers = positions.div(page_size, rounding_mode="floor")
     page_ids = kv_indices.index_select(0, page_numbers.add_(kv_indptr.index_select(0, batch_indices))).long()
     slots = positions.remainder(page_size)

@@ -70,7 +70,6 @@ PATH_OF_A_TOKEN = (
     "config",
     "context",
     "page_manager",
-    "devices",
     "wrappers",
     "layers",
     "model",

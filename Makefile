@@ -3,7 +3,7 @@
 #   PYTHON=python3.12    which Python makes the environment (3.11 or newer)
 #   TORCH_INDEX=auto     where torch comes from: auto (PyTorch's CPU index where there is no GPU), none (pip's own), or a URL
 #   WORKERS=2            how many tests run at a time
-#   ARGS="..."           more arguments for demo, bench, test, soak
+#   ARGS="..."           more arguments for demo, lab (as root: --allow-root), bench, test, soak
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -78,7 +78,7 @@ bench: setup
 	@$(BIN)/python -m minillm bench --peer transformers $(ARGS)
 
 lab: dev
-	@$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb
+	@$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check .

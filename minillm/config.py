@@ -128,6 +128,8 @@ class ModelConfig:
     def from_hf(cls, folder: str | PathLike[str]) -> ModelConfig:
         """Read a checkpoint folder's config.json and generation_config.json; whatever is wrong: `CheckpointError`."""
         path = Path(folder) / "config.json"
+        if not path.exists():
+            raise CheckpointError(f"{folder} has no config.json: it is no checkpoint folder")
         config = read_json(path)
         generation = path.with_name("generation_config.json")
         eos = read_json(generation).get("eos_token_id") if generation.exists() else None
@@ -147,10 +149,8 @@ class ModelConfig:
         kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
         if head_dim is None and hidden_size % heads:
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads {heads}")
-        attention_bias = one_of("attention_bias", config.get("attention_bias") or False, (True, False)) and family in (
-            "llama",
-            "qwen3",
-        )
+        attention_bias = one_of("attention_bias", config.get("attention_bias") or False, (True, False))
+        attention_bias = attention_bias and family in ("llama", "qwen3")  # elsewhere it is refused, or has no meaning
         eos: list[Any] = []
         for ids in (generation_eos, config.get("eos_token_id")):
             eos += ids if isinstance(ids, list) else [] if ids is None else [ids]

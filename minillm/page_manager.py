@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
 
 from minillm.context import BatchArrays, Chunk, InferenceContext
-from minillm.errors import ConfigError, ContractError, OutOfPagesError
+from minillm.errors import ContractError, OutOfPagesError
 from minillm.page_view import PageSnapshot, html_map, text_map
+from minillm.validation import integer
 
 NO_PAGE = -1  # fills the unused entries of the page tables
 MAX_PAGE_SIZE = 1024
@@ -61,8 +61,8 @@ class PageManager:
     """
 
     def __init__(self, num_pages: int, page_size: int = 16, prefix_caching: bool = True):
-        _check_integer("page_size", page_size, 1, MAX_PAGE_SIZE)
-        _check_integer("num_pages", num_pages, 1, MAX_SLOTS // page_size)
+        integer("page_size", page_size, 1, MAX_PAGE_SIZE)
+        integer("num_pages", num_pages, 1, MAX_SLOTS // page_size)
         self.num_pages, self.page_size, self.prefix_caching = int(num_pages), int(page_size), bool(prefix_caching)
         self._free_pages = list(range(self.num_pages - 1, -1, -1))  # a stack: page 0 is handed out first
         self._reference_counts = [0] * self.num_pages
@@ -321,11 +321,6 @@ class PageManager:
         self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
 
 
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
-
-
 def _indptr(lengths: np.ndarray) -> np.ndarray:
     """`[0, lengths[0], lengths[0] + lengths[1], ...]`, int32."""
     indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
@@ -356,8 +351,8 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        _check_integer("page_size", page_size, 1, MAX_PAGE_SIZE)
-        _check_integer("num_pages", num_pages, 1, MAX_SLOTS // page_size)
+        integer("page_size", page_size, 1, MAX_PAGE_SIZE)
+        integer("num_pages", num_pages, 1, MAX_SLOTS // page_size)
         shape = (num_layers, num_pages + 1, 2, page_size, num_kv_heads, head_dim)
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages, self.page_size = num_pages, page_size

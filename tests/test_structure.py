@@ -62,7 +62,7 @@ STACK = (
 NARROW = {  # the modules that may import even less
     "context": frozenset(),
     "weights": frozenset({"config", "errors", "validation"}),
-    "page_manager": frozenset({"context", "errors"}),
+    "page_manager": frozenset({"context", "errors", "validation"}),
     "layers": frozenset({"context", "weights"}),
     "doctor": frozenset({"errors"}),
 }
